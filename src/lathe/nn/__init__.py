@@ -1,0 +1,1 @@
+"""Drop-in layers, a file a paper."""

@@ -1,0 +1,1 @@
+"""Maps between functions, and solvers of the systems behind them."""

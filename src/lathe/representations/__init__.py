@@ -1,0 +1,1 @@
+"""What networks learnt: alignment, relative spaces, codes."""

@@ -1,0 +1,1 @@
+"""What a network will do, before it is trained."""

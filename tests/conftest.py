@@ -9,7 +9,7 @@ import pytest
 if os.environ.get("LATHE_SHAPE_CHECKS", "1") == "1":
     from jaxtyping import install_import_hook
 
-    install_import_hook("lathe", "beartype.beartype")
+    install_import_hook("lathe", "shape_checks.checked")
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,11 @@
 """Which modules of a network follow one another, by the data that really flows between them.
 
-`find_sequences(model, (nn.BatchNorm2d, nn.ReLU))` finds the pairs that one layer may stand for. The order in which modules
-are registered says little; what counts is that the output of one goes into the next and nowhere else.
+`find_sequences(model, (nn.BatchNorm2d, nn.ReLU))` finds the pairs that one layer may stand for. The order in which
+modules are registered says little; what counts is that the output of one goes into the next and nowhere else.
 
-Four sources are asked, the surest first: `torch.fx` on the whole network; a recorded forward of `example_input`; `torch.fx`
-on the parts that can be traced; and, for what is left, the order of registration within a container, which is a guess.
+Sources, the surest first: `torch.fx` on the whole network; a recorded forward of `example_input`; `torch.fx` on the
+parts that can be traced; and for what is left a guess, by the plain calls in the source of a module's `forward`, or, where
+that names no children, by the order of registration within a container.
 """
 
 from __future__ import annotations
@@ -49,16 +50,17 @@ class ModuleSequence(NamedTuple):
 def find_sequences(model: nn.Module, pattern: tuple, example_input: Any = None) -> list[ModuleSequence]:
     """The places of `model` where modules of the types in `pattern` follow one another.
 
-    A sequence counts only if each module is called once, takes nothing but the output of the one before, and that output is
-    used by nothing else: not by another operation, not as a result. This must hold in training and in evaluation mode.
-    `nn.Identity` between two modules is looked through. Sequences may overlap. The model is left as it was.
+    A sequence counts only if each module is called once, takes nothing but the output of the one before, and that
+    output is used by nothing else: not by another operation, not as a result. This must hold in training and in
+    evaluation mode. `nn.Identity` between two modules is looked through. Sequences may overlap. The model is left as it
+    was.
 
     Args:
         model: any network; it need not be traceable.
-        pattern: the types in order, each a type or a tuple of alternative types. Types are compared exactly: a subclass may
-            compute something else.
-        example_input: what the network takes (a tensor, a tuple of arguments, a dict of keyword arguments). It is asked where
-            `torch.fx` cannot trace the network.
+        pattern: the types in order, each a type or a tuple of alternative types. Types are compared exactly: a subclass
+            may compute something else.
+        example_input: what the network takes (a tensor, a tuple of arguments, a dict of keyword arguments). It is asked
+            where `torch.fx` cannot trace the network.
 
     Raises:
         TypeError: where `pattern` is no tuple of types.
@@ -123,7 +125,7 @@ class DataFlow:
     """Who feeds whom in `model`; `kinds` are the types that are never looked into."""
 
     def __init__(self, model: nn.Module, kinds: Iterable[type], example_input: Any = None) -> None:
-        self.names: dict[int, str] = {id(module): name for name, module in reversed([*model.named_modules()])}
+        self.names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
         self.modules: dict[int, nn.Module] = {id(module): module for module in model.modules()}
         self.notes: list[str] = []
         kinds = frozenset(kinds)
@@ -138,8 +140,8 @@ class DataFlow:
             return
         self.regions = _explore("", model, kinds, set(), {})
         self.notes.append(
-            f"{could_not}; the order of modules was read by torch.fx in the parts that it can trace, and elsewhere guessed from"
-            " the order of registration: pass example_input to record the real one"
+            f"{could_not}; the order of modules was read by torch.fx in the parts that it can trace, and elsewhere guessed"
+            " from the source of forward and the order of registration: pass example_input to record the real one"
         )
 
     def sequence(self, head: nn.Module, pattern: tuple[tuple[type, ...], ...]) -> ModuleSequence | str:
@@ -294,46 +296,104 @@ def _explore(
 
 
 def _flow_of_registration(module: nn.Module, kinds: frozenset[type]) -> Flow:
-    """Guess: children are called once each, in the order of registration, unless the source of `forward` says otherwise."""
+    """A guess at who follows whom among children: by the source of `forward`, or, where that names none, by registration."""
     flow = Flow()
+    source = _Source(module)
     children = [
-        (key, child)
-        for key, child in module.named_children()
-        if type(child) is not nn.Identity or nn.Identity in kinds
+        (key, child) for key, child in module.named_children() if type(child) is not nn.Identity or nn.Identity in kinds
     ]
-    mentioned = _mentioned(module)
-    for (key, child), (next_key, following) in zip(children, [*children[1:], ("", None)]):
-        flow.calls[id(child)] = max(1, mentioned.count(key))
-        consumer = Consumer(None, "an unknown place")
-        if following is not None:
-            consumer = Consumer(id(following), "")
-            if key in mentioned and next_key in mentioned and mentioned.index(key) + 1 != mentioned.index(next_key):
-                consumer = Consumer(None, f"another place than {next_key!r}, by the source of forward")
-        flow.consumers[id(child)] = [consumer]
+    for (key, child), following in zip(children, [*(child for _, child in children[1:]), None]):
+        if key in source.named:
+            takers = source.takers.get(key, [])
+            consumers = [Consumer(id(module._modules[t]), "") if t else Consumer(None, "elsewhere") for t in takers]
+            flow.calls[id(child)] += source.calls[key]
+            if key in source.read:
+                flow.read.add(id(child))
+        else:
+            consumers = [Consumer(None, "elsewhere") if following is None else Consumer(id(following), "")]
+            flow.calls[id(child)] += 1
+        flow.consumers.setdefault(id(child), []).extend(consumers)
     return flow
 
 
-def _mentioned(module: nn.Module) -> list[str]:
-    """Children that the source of `forward` names as `self.child`, in the order of evaluation; empty where unknown."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward))))
-    except (OSError, TypeError, SyntaxError):
-        return []
-    children = dict(module.named_children())
-    found: list[str] = []
+class _Source:
+    """What the source of a module's `forward` says about its children.
 
-    def visit(node: ast.AST) -> None:
-        parts = [*ast.iter_child_nodes(node)]
-        if isinstance(node, ast.Call):  # arguments are evaluated before the call happens
-            parts = [*node.args, *node.keywords, node.func]
+    Believed are the two plain forms only: `self.b(self.a(x))`, and `y = self.a(x)` followed by `self.b(y)` in one block.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.children = {key for key, _ in module.named_children()}
+        self.named: set[str] = set()
+        self.read: set[str] = set()
+        """Children that are mentioned without being called."""
+        self.calls: Counter[str] = Counter()
+        self.takers: dict[str, list[str | None]] = {}
+        """For every use of a child's output the child that takes it, or None."""
+        self.held: dict[str, tuple[str, int]] = {}
+        """For a variable the child whose output it holds, and the block where it was assigned."""
+        try:
+            forward = inspect.unwrap(type(module).forward)
+            tree = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
+        except (OSError, TypeError, SyntaxError, IndexError):
+            return
+        for block in (field for _, field in ast.iter_fields(tree) if isinstance(field, list)):
+            for statement in block:
+                if isinstance(statement, ast.stmt):
+                    self._visit(statement, tree, id(block))
+
+    def _visit(self, node: ast.AST, parent: ast.AST, block: int) -> None:
+        if isinstance(node, ast.Call):
+            parts: list[Any] = [
+                *node.args,
+                *node.keywords,
+                node.func,
+            ]  # arguments are evaluated before the call happens
+        elif isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            parts = [node.value, *(node.targets if isinstance(node, ast.Assign) else [node.target])]
+        else:
+            parts = [part for _, part in ast.iter_fields(node)]
         for part in parts:
-            visit(part)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            if node.attr in children:
-                found.append(node.attr)
+            if isinstance(part, ast.AST):
+                self._visit(part, node, block)
+            elif isinstance(part, list):
+                for each in part:
+                    if isinstance(each, ast.AST):
+                        self._visit(each, node, id(part) if isinstance(each, ast.stmt) else block)
+        child = self._child(node)
+        called = self._child(node.func) if isinstance(node, ast.Call) else None
+        if child:
+            self.named.add(child)
+            if not (isinstance(parent, ast.Call) and parent.func is node):
+                self.read.add(child)
+        elif called:
+            self.calls[called] += 1
+            if isinstance(parent, ast.Assign) and len(parent.targets) == 1 and isinstance(parent.targets[0], ast.Name):
+                self.held[parent.targets[0].id] = (called, block)
+            else:
+                self.takers.setdefault(called, []).append(self._taker(node, parent))
+        elif isinstance(node, ast.Name):
+            self._variable(node, parent, block)
 
-    visit(tree)
-    return found
+    def _variable(self, node: ast.Name, parent: ast.AST, block: int) -> None:
+        held = self.held.get(node.id)
+        if held is not None and (isinstance(node.ctx, ast.Load) or isinstance(parent, ast.AugAssign)):
+            self.takers.setdefault(held[0], []).append(self._taker(node, parent) if held[1] == block else None)
+        # The value of an assignment is visited before its target: what was just noted down must stay.
+        assigned = isinstance(parent, ast.Assign) and self._child(getattr(parent.value, "func", None)) is not None
+        if not isinstance(node.ctx, ast.Load) and not assigned:
+            self.held.pop(node.id, None)
+
+    def _child(self, node: ast.AST | None) -> str | None:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            return node.attr if node.attr in self.children else None
+        return None
+
+    def _taker(self, node: ast.AST, parent: ast.AST) -> str | None:
+        """The child that is called with `node` and nothing else."""
+        if isinstance(parent, ast.Call) and [*parent.args, *parent.keywords] == [node]:
+            return self._child(parent.func)
+        return None
 
 
 # --- recorded forward -------------------------------------------------------------------------------------------------
@@ -356,7 +416,7 @@ class _Output:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every operation that reads a recorded module's output, by storage: views and in-place writes count as uses."""
+    """Notes every operation that reads a recorded module's output, by storage: views and in-place writes are uses."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         super().__init__()
@@ -459,7 +519,7 @@ def _unchanged(model: nn.Module, training: bool) -> Iterator[None]:
     """Puts all modules in one mode, and afterwards puts back their attributes, buffers and modes."""
     modules = [*model.modules()]
     saved = [dict(module.__dict__) for module in modules]
-    inner = [
+    inner: list[list[tuple[dict, dict]]] = [
         [(table, dict(table)) for table in (module._parameters, module._buffers, module._modules)] for module in modules
     ]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
@@ -470,9 +530,8 @@ def _unchanged(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, attributes, tables in zip(modules, saved, inner):
             for table, entries in tables:
-                if table != entries if len(table) != len(entries) else any(table[k] is not entries[k] for k in entries):
-                    table.clear()
-                    table.update(entries)
+                table.clear()
+                table.update(entries)
             module.__dict__.clear()
             module.__dict__.update(attributes)
         with torch.no_grad():

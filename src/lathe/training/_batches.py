@@ -6,8 +6,7 @@ skips what it has seen without loading it. Every process draws the whole order a
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["Batch", "Data", "Source", "Share", "derive_seed", "open_source"]
+__all__ = ["Batch", "Data", "Source", "Share", "derive_seed", "open_source", "walk"]
 
 Data = tuple[Any, ...] | Dataset | DataLoader
 
@@ -56,13 +55,16 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def open_source(data: Data, *, batch_size: int | None, default: int, shuffle: int | None, share: Share) -> Source:
+def open_source(
+    data: Data, *, default: int, batch_size: int | None = None, shuffle: int | None = None, share: Share | None = None
+) -> Source:
     """The source that fits `data`; `shuffle` is the seed of the order, None keeps the order that is there.
 
     Raises:
         TypeError: where `data` is nothing that gives batches.
         ValueError: where it is empty, its tensors differ in length, or the batch size is wrong.
     """
+    share = share or Share()
     if batch_size is not None and (isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1):
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size}")
     if isinstance(data, DataLoader):
@@ -238,7 +240,7 @@ class _Stream:
             whole = mine = _count(item)
             if world > 1:
                 mine = len(range(rank, whole, world))
-                inputs, *rest = (_map(lambda part: _share(part, rank, world)[0], part) for part in (inputs, *targets))
+                inputs, *rest = (walk(lambda part: _share(part, rank, world)[0], part) for part in (inputs, *targets))
                 targets = tuple(rest)
             yield Batch(inputs, targets, mine, whole)
 
@@ -272,11 +274,12 @@ def _count(item: Any) -> int:
     raise ValueError("data must give batches of tensors, got an empty batch")
 
 
-def _map(function: Any, item: Any) -> Any:
+def walk(function: Callable[[Tensor], Any], item: Any) -> Any:
+    """The same structure of tuples, lists and dicts with `function` of each tensor."""
     if isinstance(item, Tensor):
         return function(item)
     if isinstance(item, dict):
-        return {key: _map(function, part) for key, part in item.items()}
+        return {key: walk(function, part) for key, part in item.items()}
     if isinstance(item, (tuple, list)):
-        return type(item)(_map(function, part) for part in item)
+        return type(item)(walk(function, part) for part in item)
     return item

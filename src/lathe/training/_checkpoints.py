@@ -106,7 +106,15 @@ class Checkpoints:
                     path = self.folder / name
                     key = name.split("-")[0]
                     states[key] = _unpack(path, rest["states"][key]["others"])
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            KeyError,
+            ValueError,
+            SafetensorError,
+            pickle.UnpicklingError,
+        ) as error:
             raise _broken(path, _reason(error)) from error
         return states, rest
 

@@ -6,12 +6,13 @@ network's step, stops at a loss that is not finite, and goes on after an interru
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,8 +21,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from lathe.training._batches import Batch, Data, Share, Source, derive_seed, open_source
+from lathe.training._batches import Batch, Data, Share, Source, derive_seed, open_source, walk
 from lathe.training._checkpoints import CheckpointError, Checkpoints, load_weights
 from lathe.training._schedules import Schedule
 
@@ -163,7 +165,15 @@ def fit(
         CheckpointError: where the checkpoint cannot be read or written, or is of another run.
     """
     started = time.perf_counter()
-    _check_plan(epochs, steps, accumulate, clip_norm, precision, validate_every, checkpoint_every)
+    _check_plan(
+        epochs,
+        steps,
+        clip_norm,
+        precision,
+        accumulate=accumulate,
+        validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
+    )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     metrics = dict(metrics or {})
@@ -174,106 +184,441 @@ def fit(
     if early_stop and early_stop.metric not in {"loss", *metrics}:
         raise ValueError(f"early_stop.metric must be one of {sorted({'loss', *metrics})}, got {early_stop.metric!r}")
 
-    processes = _Processes(torch.device(device))
+    processes = _Processes(device)
     share = Share(processes.rank, processes.world)
     source = open_source(data, batch_size=batch_size, default=100, shuffle=seed, share=share)
-    judged = None
-    if validation is not None:
-        judged = open_source(
-            validation, batch_size=None if _is_loader(validation) else 1000, default=1000, shuffle=None, share=share
-        )
-    updates = None if source.length is None else -(-source.length // accumulate)
-    if steps is None and updates is None:
-        raise ValueError("epochs need data of known length: give steps for a stream")
-    total = steps if steps is not None else (epochs or 0) * (updates or 0)
+    judged = None if validation is None else open_source(validation, default=1000, share=share)
+    if steps is None and source.length is None:
+        raise ValueError("epochs need data of a known length, got a stream: give steps")
+    total = steps if steps is not None else (epochs or 0) * -(-(source.length or 0) // accumulate)
 
     model.to(processes.device)
-    optimiser = _make_optimizer(optimizer, model)
-    scheduler = schedule(optimiser, total) if schedule else None
-    run = _Run(model, optimiser, scheduler, processes, early_stop, total)
+    updates = _make_optimizer(optimizer, model)
+    updates.zero_grad(set_to_none=True)
+    scheduler = schedule(updates, total) if schedule else None
+    run = _Run(model, updates, scheduler, early_stop, seed, processes)
+    folder = None if checkpoint is None else Checkpoints(checkpoint)
     plan = {
         "seed": seed,
         "samples": source.samples,
-        "batches": source.length,
+        "batches an epoch": source.length,
         "accumulate": accumulate,
         "precision": precision,
         "processes": processes.world,
         "steps": total if scheduler else None,
     }
-    folder = Checkpoints(checkpoint) if checkpoint is not None else None
-    generator = torch.Generator(processes.device)
-
     with _own_randomness(processes.device):
         if folder is not None:
-            processes.agree(folder.prepare)
+            processes.together(folder.prepare)
             if resume and folder.exists():
-                run.load(folder, plan)
-        run.history.seconds, before = 0.0, run.history.seconds
-        forward = processes.wrap(_Forward(model, processes.device, precision))
-        trainable = [p for group in optimiser.param_groups for p in group["params"]]
+                run.load(folder, plan, total)
+        earlier = run.history.seconds
+        alone = _Forward(model, processes.device, precision)
+        forward = processes.wrap(alone)
+        model.train()
+        for window in run.windows(source, accumulate, total):
+            value = _gradients(forward, window, loss, augment, run.generator, processes)
+            run.note(value)
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_([p for group in updates.param_groups for p in group["params"]], clip_norm)
+            updates.step()
+            updates.zero_grad(set_to_none=True)
+            if scheduler is not None:
+                scheduler.step()
+            run.step += 1
+            last, ended = run.step == total, run.batch == 0
+            if judged is not None and (last or _due(run.step, validate_every, ended)):
+                run.judge(_judge(alone, judged, {"loss": loss, **metrics}, processes))
+                model.train()
+            run.history.seconds = earlier + time.perf_counter() - started
+            if folder is not None and (last or run.stopped or _due(run.step, checkpoint_every, ended)):
+                run.save(folder, plan)
+            if last or run.stopped or not run.pending:
+                run.read_losses()
+                if progress is not None and processes.rank == 0:
+                    progress(run.progress(total))
+        run.finish()
+    run.history.seconds = earlier + time.perf_counter() - started
+    return run.history
 
-        def report(done: Progress) -> None:
-            if progress is not None and processes.rank == 0:
-                progress(done)
 
-        def save() -> None:
-            if folder is None:
-                return
-            run.read_losses()
-            run.refuse_broken_weights()
-            run.history.seconds = before + time.perf_counter() - started
-            states, rest = run.state(plan, processes.gather(_random_state(generator)))
-            if processes.rank == 0:
-                processes.agree(lambda: folder.save(run.step, states, rest))
-            else:
-                processes.agree(lambda: None)
+def evaluate(
+    model: nn.Module, data: Data, metrics: Mapping[str, Metric], *, batch_size: int | None = None
+) -> dict[str, float]:
+    """Means of the metrics over all samples of `data`, in eval mode, on the model's device.
 
-        while run.step < total and not run.stopped:
-            _seed_everything(derive_seed(seed, run.epoch, processes.rank, 2), generator)
-            batches = source.epoch(run.epoch, run.batch)
-            run.restore_randomness(generator)
-            model.train()
-            seen = run.batch
-            while run.step < total and not run.stopped:
-                window = _take(batches, accumulate)
+    Args:
+        data: `(inputs, *targets)`, a Dataset or a DataLoader, as for `fit`.
+        metrics: name -> function of the output and the targets of a batch, a mean over the batch's samples.
+        batch_size: samples of a forward pass; 1000 where nothing is said.
+    """
+    source = open_source(data, batch_size=batch_size, default=1000)
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    training = model.training
+    try:
+        return _judge(_Forward(model, device, "no"), source, metrics, None)
+    finally:
+        model.train(training)
+
+
+class _Forward(nn.Module):
+    """The network as the loop calls it: in autocast where asked, with outputs of float32."""
+
+    def __init__(self, model: nn.Module, device: torch.device, precision: str) -> None:
+        super().__init__()
+        self.model, self.device, self.half = model, device, precision == "bf16"
+
+    def forward(self, inputs: Any) -> Any:
+        if not self.half:
+            return self.model(inputs)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            output = self.model(inputs)
+        return walk(lambda part: part.float() if part.dtype is torch.bfloat16 else part, output)
+
+
+class _Processes:
+    """The processes that train together, by Accelerate; mostly one."""
+
+    def __init__(self, device: str | torch.device) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedType
+
+        try:
+            wanted = torch.device(device)
+            torch.empty(0, device=wanted)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"device must be one of this machine, got {str(device)!r}") from error
+        launched = torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.accelerator = Accelerator(cpu=launched and wanted.type == "cpu", device_placement=False)
+        kind = self.accelerator.distributed_type
+        if kind is not DistributedType.NO and not kind.value.startswith("MULTI_"):
+            raise ValueError(
+                f"fit trains on one device or data-parallel, but Accelerate was launched with {kind.value}"
+            )
+        if self.accelerator.scaler is not None:
+            raise ValueError("fit trains in float32 or bf16, but Accelerate was launched with fp16")
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = wanted if self.world == 1 else self.accelerator.device
+        if self.device.type != wanted.type:
+            raise ValueError(f"device is {str(device)!r}, but the processes were launched for {self.device.type!r}")
+
+    def wrap(self, forward: nn.Module) -> nn.Module:
+        return forward if self.world == 1 else self.accelerator.prepare_model(forward)
+
+    def mean(self, value: Tensor) -> Tensor:
+        return value if self.world == 1 else self.accelerator.reduce(value, "mean")
+
+    def all(self, value: Any) -> list[Any]:
+        """The value of every process, in order."""
+        if self.world == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def together(self, act: Callable[[], None]) -> None:
+        """Act in the main process; where that fails, every process raises, so that none waits for ever."""
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                act()
+            except CheckpointError as caught:
+                error = caught
+        if (found := self.all(None if error is None else str(error))[0]) is not None:
+            raise error or CheckpointError(found)
+
+
+class _Run:
+    """All that a checkpoint holds, and what moves it on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        early_stop: EarlyStop | None,
+        seed: int,
+        processes: _Processes,
+    ) -> None:
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.early_stop, self.seed, self.processes = early_stop, seed, processes
+        self.generator = torch.Generator(processes.device)
+        self.step = self.epoch = self.batch = 0
+        self.history = History()
+        self.pending: list[Tensor] = []
+        self.best: float | None = None
+        self.best_weights: dict[str, Any] | None = None
+        self.waited = 0
+        self.random: dict[str, Any] | None = None
+        self.saved: int | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.history.stopped_early
+
+    def windows(self, source: Source, accumulate: int, total: int) -> Iterator[list[Batch]]:
+        """The batches of each step; `epoch` and `batch` are already those after the step."""
+        while self.step < total and not self.stopped:
+            _seed(derive_seed(self.seed, self.epoch, self.processes.rank, 2), self.generator)
+            batches = source.epoch(self.epoch, self.batch)
+            if self.random is not None:
+                _restore_random(self.random, self.generator)
+                self.random = None
+            while self.step < total and not self.stopped:
+                window = list(itertools.islice(batches, accumulate))
                 if not window:
-                    if not seen:
+                    if self.batch == 0:
                         raise ValueError("data must give at least one batch an epoch, got none")
+                    self.epoch, self.batch = self.epoch + 1, 0
                     break
-                value = _gradients(forward, window, loss, augment, generator, processes)
-                run.learn(value)
-                if clip_norm is not None:
-                    nn.utils.clip_grad_norm_(trainable, clip_norm)
-                optimiser.step()
-                if scheduler is not None:
-                    scheduler.step()
-                optimiser.zero_grad(set_to_none=True)
-                run.step += 1
-                seen += len(window)
-                ended = seen == source.length
-                run.batch = 0 if ended else seen
-                run.epoch += ended
-                last = run.step == total
-                if judged is not None and (last or _due(run.step, validate_every, ended)):
-                    run.read_losses()
-                    run.judge(_judge(forward, judged, metrics, processes, loss))
-                    model.train()
-                if folder is not None and (last or run.stopped or _due(run.step, checkpoint_every, ended)):
-                    save()
-                if progress is not None and not run.pending:
-                    elapsed = before + time.perf_counter() - started
-                    report(
-                        Progress(run.step, total, run.epoch, run.history.loss[-1], run.latest, elapsed)
-                    )
+                self.batch += len(window)
+                if ended := self.batch == source.length:
+                    self.epoch, self.batch = self.epoch + 1, 0
+                yield window
                 if ended:
                     break
-            else:
-                continue
-            if run.batch:  # a stream ran out
-                run.epoch, run.batch = run.epoch + 1, 0
-        run.read_losses()
-        run.refuse_broken_weights()
-        run.restore_best()
-    model.eval()
-    run.history.seconds = before + time.perf_counter() - started
-    return run.history
+
+    def note(self, value: Tensor) -> None:
+        """Keep the loss of a step; on CPU it is read at once, so that a loss of no number never moves a weight."""
+        self.pending.append(value)
+        if value.device.type == "cpu" or len(self.pending) >= _READ_EVERY:
+            self.read_losses()
+
+    def read_losses(self) -> None:
+        if not self.pending:
+            return
+        values = torch.stack(self.pending).tolist() if len(self.pending) > 1 else [self.pending[0].item()]
+        self.pending = []
+        for value in values:
+            if not math.isfinite(value):
+                step = self.history.steps + 1
+                self.optimizer.zero_grad(set_to_none=True)
+                raise TrainingDiverged(f"training diverged: the loss is {value} at step {step}{self.kept}", step)
+            self.history.loss.append(value)
+
+    def refuse_broken_weights(self) -> None:
+        """A finite loss may have had gradients that were not; such weights are no checkpoint."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                message = f"training diverged: {name} is not finite after step {self.step}{self.kept}"
+                raise TrainingDiverged(message, self.step)
+
+    @property
+    def kept(self) -> str:
+        return "" if self.saved is None else f"; the checkpoint of step {self.saved} is kept"
+
+    def judge(self, found: dict[str, float]) -> None:
+        """Take down the metrics of a validation, and decide whether to stop early."""
+        for name, value in found.items():
+            self.history.metrics.setdefault(name, []).append(value)
+        self.history.validated_at.append(self.step)
+        if (rule := self.early_stop) is None:
+            return
+        value = found[rule.metric] if rule.mode == "max" else -found[rule.metric]
+        if math.isfinite(value) and (self.best is None or value > self.best + rule.min_delta):
+            self.best, self.waited = value, 0
+            if rule.restore_best:
+                state = self.model.state_dict()
+                self.best_weights = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+        else:
+            self.waited += 1
+            self.history.stopped_early = self.waited >= rule.patience
+
+    def progress(self, total: int) -> Progress:
+        history = self.history
+        latest = {name: values[-1] for name, values in history.metrics.items()}
+        return Progress(self.step, total, self.epoch, history.loss[-1], latest, history.seconds)
+
+    def finish(self) -> None:
+        self.read_losses()
+        self.refuse_broken_weights()
+        if self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+        self.model.eval()
+
+    def save(self, folder: Checkpoints, plan: dict[str, Any]) -> None:
+        self.read_losses()
+        self.refuse_broken_weights()
+        random_states = self.processes.all(_random(self.generator))
+        rest = {
+            "plan": plan,
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.scheduler is None else self.scheduler.state_dict(),
+            "history": {**vars(self.history), "loss": torch.tensor(self.history.loss, dtype=torch.float64)},
+            "best": self.best,
+            "waited": self.waited,
+            "random": random_states,
+        }
+        states = {"model": self.model.state_dict()}
+        if self.best_weights is not None:
+            states["best"] = self.best_weights
+        self.processes.together(lambda: folder.save(self.step, states, rest))
+        self.saved = self.step
+
+    def load(self, folder: Checkpoints, plan: dict[str, Any], total: int) -> None:
+        states, rest = folder.load()
+        differs = [
+            f"{name} {rest['plan'].get(name)}, not {value}"
+            for name, value in plan.items()
+            if rest["plan"].get(name) != value
+        ]
+        if rest["step"] > total:
+            differs.append(f"{rest['step']} steps, more than {total}")
+        if differs:
+            raise CheckpointError(
+                f"the checkpoint in {folder.folder} is of another run: {'; '.join(differs)} "
+                "(another folder or resume=False starts anew)"
+            )
+        load_weights(self.model, states["model"], folder.folder)
+        try:
+            self.optimizer.load_state_dict(rest["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint in {folder.folder} is of another optimizer: {error}") from error
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(rest["schedule"])
+        self.step, self.epoch, self.batch = rest["step"], rest["epoch"], rest["batch"]
+        self.history = History(**{**rest["history"], "loss": rest["history"]["loss"].tolist()})
+        self.best, self.waited, self.saved = rest["best"], rest["waited"], rest["step"]
+        self.random = rest["random"][self.processes.rank]
+        if "best" in states:
+            self.best_weights = states["best"]
+
+
+def _gradients(
+    forward: nn.Module,
+    window: list[Batch],
+    loss: Callable[..., Tensor],
+    augment: Callable[[Any, torch.Generator], Any] | None,
+    generator: torch.Generator,
+    processes: _Processes,
+) -> Tensor:
+    """Add up the gradients of one step's batches; returns the mean loss over its samples in all processes."""
+    whole = sum(batch.whole for batch in window)
+    total: Tensor | None = None
+    for number, batch in enumerate(window, start=1):
+        inputs, targets = _place(batch, processes.device)
+        if augment is not None:
+            inputs = augment(inputs, generator)
+        # Processes exchange gradients once a step; they average, so that a batch weighs by its share of the samples.
+        waits = processes.world > 1 and number < len(window)
+        with forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            value = loss(forward(inputs), *targets)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"loss must give a tensor of one number, the mean over the batch, got {got}")
+            weight = batch.mine * processes.world / whole
+            value = value.reshape(()) if weight == 1 else value.reshape(()) * weight
+            value.backward()
+        total = value.detach() if total is None else total + value.detach()
+    assert total is not None
+    return processes.mean(total)
+
+
+@torch.no_grad()
+def _judge(
+    forward: _Forward, source: Source, metrics: Mapping[str, Metric], processes: _Processes | None
+) -> dict[str, float]:
+    """Means of the metrics over the samples of all processes; a metric's value counts by its batch's size."""
+    forward.eval()
+    sums = torch.zeros(len(metrics) + 1, dtype=torch.float64)
+    for batch in source.epoch(0):
+        if batch.mine:
+            inputs, targets = _place(batch, forward.device)
+            output = forward(inputs)
+            values = [float(metric(output, *targets)) for metric in metrics.values()]
+            sums += batch.mine * torch.tensor([*values, 1.0], dtype=torch.float64)
+    if processes is not None and processes.world > 1:
+        sums = torch.stack(processes.all(sums)).sum(0)
+    if not sums[-1]:
+        raise ValueError("validation data must hold at least one sample, got none")
+    return {name: (value / sums[-1]).item() for name, value in zip(metrics, sums)}
+
+
+def _place(batch: Batch, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
+    def move(part: Tensor) -> Tensor:
+        return part if part.device == device else part.to(device, non_blocking=True)
+
+    return walk(move, batch.inputs), tuple(walk(move, target) for target in batch.targets)
+
+
+def _due(step: int, every: int | None, epoch_ended: bool) -> bool:
+    return epoch_ended if every is None else step % every == 0
+
+
+def _check_plan(epochs: int | None, steps: int | None, clip_norm: float | None, precision: str, **counts: Any) -> None:
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"give epochs or steps, one of the two, got epochs={epochs} and steps={steps}")
+    for name, value in {"epochs": epochs, "steps": steps, **counts}.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if clip_norm is not None and not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise ValueError(f"clip_norm must be a positive number, got {clip_norm}")
+    if precision not in ("no", "bf16"):
+        raise ValueError(f"precision must be 'no' or 'bf16', got {precision!r}")
+
+
+def _make_optimizer(optimizer: Callable[..., Optimizer] | Optimizer, model: nn.Module) -> Optimizer:
+    if not isinstance(optimizer, Optimizer):
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError("model must have a parameter that requires gradients, got none")
+        optimizer = optimizer(parameters)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    else:
+        mine = {id(parameter) for parameter in model.parameters()}
+        if not any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError("optimizer must hold parameters of model, got an optimizer of others")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer must make one step from one gradient, got LBFGS")
+    return optimizer
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Give the global random numbers back as they were."""
+    before = _random(None, device)
+    try:
+        yield
+    finally:
+        _restore_random(before, None, device)
+
+
+def _seed(seed: int, generator: torch.Generator) -> None:
+    generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if generator.device.type == "cuda":
+        with torch.cuda.device(generator.device):
+            torch.cuda.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (what a Dataset's transforms draw from)
+    random.seed(seed)
+
+
+def _random(generator: torch.Generator | None, device: torch.device | None = None) -> dict[str, Any]:
+    device = generator.device if generator is not None else device
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "generator": None if generator is None else generator.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None,
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "python": random.getstate(),
+    }
+
+
+def _restore_random(
+    state: dict[str, Any], generator: torch.Generator | None, device: torch.device | None = None
+) -> None:
+    device = generator.device if generator is not None else device
+    if generator is not None:
+        generator.set_state(state["generator"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])

@@ -5,8 +5,8 @@ by similarities to the same anchor samples, their embeddings agree: an encoder o
 another without any training ("zero-shot stitching"), spaces can be compared, and drift can be seen without labels.
 
 Moschella, Maiorca, Fumero, Norelli, Locatello, Rodola, "Relative representations enable zero-shot latent space
-communication", ICLR 2023, arXiv 2209.15430: section 3 (`relative`, `RelativeRepresentation`, `RelativeEncoder`), 3.1
-and appendix (`select_anchors`), 4.1 (`retrieval_scores`), 4.2 (`latent_similarity`), 5 (`stitch`); appendix on quantised
+communication", ICLR 2023, arXiv 2209.15430: section 3 (`relative`, `RelativeRepresentation`, `RelativeEncoder`,
+`select_anchors`), 4.1 (`retrieval_scores`), 4.2 (`latent_similarity`), 5 (`stitch`), and the appendix on quantised
 similarities (`quantize`). Beyond the paper: `translate`, `bootstrap_anchors`, `anchor_quality`, `compare`.
 """
 

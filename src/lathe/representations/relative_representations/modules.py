@@ -21,6 +21,7 @@ from lathe.representations.relative_representations.projection import (
     anchor_latents,
     average_by_class,
     check_anchors,
+    check_index,
     check_quantization,
     check_similarity,
     class_averages,
@@ -96,25 +97,25 @@ class RelativeRepresentation(nn.Module):
         self.heads, self.pool, self.groups = heads, pool, groups
         self._frames: tuple[AnchorFrame, ...] = ()
         self._frames_of: tuple = ()
+        self._num_anchors: int | None = None
 
         self.register_buffer("anchors", None)
         self.register_buffer("anchor_labels", anchor_labels)
         if anchors is not None:
             self._check(anchors)
-            num_anchors = len(anchors)
             self.anchors = anchors.detach().clone()
+            num_anchors = len(anchors)
         elif anchor_labels is not None:
             num_anchors = len(anchor_labels)
-        self._declared = num_anchors
-        if anchor_labels is not None:
-            assert num_anchors is not None
-            self._columns: int | None = class_averages(anchor_labels, groups, num_anchors).shape[1]
-        else:
-            self._columns = num_anchors
-        needs_width = pool == "linear" or norm in ("layer", "batch")
-        if needs_width and num_anchors is None:
+        learnt = pool == "linear" or norm in ("layer", "batch")
+        if learnt and num_anchors is None:
             raise ValueError(f"pool={pool!r} with norm={norm!r} has learnt weights and needs anchors or num_anchors")
-        self.combine = nn.Linear(self._wide(heads), self._wide(1)) if pool == "linear" else None
+        # Where nothing depends on the number of anchors, set_anchors and forward may bring another one.
+        self._num_anchors = num_anchors if learnt or anchor_labels is not None or anchors is None else None
+        self._columns: int | None = None
+        if anchor_labels is not None and num_anchors is not None:
+            self._columns = class_averages(anchor_labels, groups, num_anchors).shape[1]
+        self.combine = nn.Linear(self._width(heads), self._width(1)) if pool == "linear" else None
         self.norm: nn.Module | None = None
         if norm == "layer":
             self.norm = nn.LayerNorm(self.out_features)
@@ -125,7 +126,7 @@ class RelativeRepresentation(nn.Module):
     @property
     def num_anchors(self) -> int | None:
         """How many anchors there are; None while that is open."""
-        return self._declared
+        return self._num_anchors if self.anchors is None else len(self.anchors)
 
     @property
     def out_features(self) -> int:
@@ -134,31 +135,30 @@ class RelativeRepresentation(nn.Module):
         Raises:
             ValueError: where the number of anchors is not known yet.
         """
-        if self._columns is None:
-            raise ValueError("the width is the number of anchors, and none are set: give anchors or num_anchors")
-        return self._wide(self.heads if self.pool == "none" else 1)
+        return self._width(self.heads if self.pool == "none" else 1)
 
-    def _wide(self, heads: int) -> int:
-        assert self._columns is not None
-        return self._columns * self._measures * heads
+    def _width(self, heads: int) -> int:
+        columns = self._columns or self.num_anchors
+        if columns is None:
+            raise ValueError("the width is the number of anchors, and none are set: give anchors or num_anchors")
+        return columns * self._measures * heads
 
     def set_anchors(self, latents: Float[Tensor, "anchors *features"]) -> None:
         """Replaces the anchors' latents, which are copied.
 
         Raises:
-            ValueError: where they are no non-empty matrix that the heads divide, or another number than declared.
+            ValueError: where they are no non-empty matrix that the heads divide, or another number than learnt weights
+                or labels expect.
         """
         self._check(latents)
-        if self._declared is not None and len(latents) != self._declared:
-            raise ValueError(f"latents must be those of {self._declared} anchors, got {len(latents)}")
         self.anchors = latents.detach().clone()
-        self._declared = self._columns = len(latents) if self._columns is None else self._columns
-        self._declared = len(latents)
 
     def _check(self, anchors: Tensor) -> None:
         check_anchors(anchors)
         if anchors.shape[1] % self.heads:
             raise ValueError(f"heads must divide the {anchors.shape[1]} features of anchors, got {self.heads}")
+        if self._num_anchors not in (None, len(anchors)):
+            raise ValueError(f"anchors must be the {self._num_anchors} that were declared, got {len(anchors)}")
 
     def forward(
         self, x: Float[Tensor, "*batch features"], anchors: Float[Tensor, "anchors *anchor_features"] | None = None
@@ -173,8 +173,6 @@ class RelativeRepresentation(nn.Module):
             anchors = self.anchors
         if anchors is None:
             raise ValueError("no anchors: give them at the call, at construction or by set_anchors")
-        if self._declared is not None and len(anchors) != self._declared:
-            raise ValueError(f"anchors must be the {self._declared} that the module was built for, got {len(anchors)}")
         anchors = anchor_latents(x, anchors)
         if not stored:
             self._check(anchors)
@@ -184,7 +182,8 @@ class RelativeRepresentation(nn.Module):
 
         frames = self._stored_frames(anchors) if stored else self._make_frames(anchors)
         parts = [
-            self._after(frame(chunk)) for frame, chunk in zip(frames, x.chunk(self.heads, -1) if self.heads > 1 else [x])
+            self._after(frame(chunk))
+            for frame, chunk in zip(frames, x.chunk(self.heads, -1) if self.heads > 1 else [x])
         ]
         similarities = self._pooled(parts)
         if self.norm is not None:
@@ -309,51 +308,52 @@ class _AnchoredModule(nn.Module):
         raise NotImplementedError
 
     def refresh(self) -> None:
-        """Forgets the anchors' latents. Needed only after weights changed behind autograd's back (`weight.data[...]`)."""
+        """Forgets the anchors' latents; needed only after writes behind autograd's back (`weight.data[...]`)."""
         self._latents, self._latents_of = None, ()
 
     def anchor_latents(self) -> Tensor:
         """Latents of the anchors `(anchors, features)`, at the current weights (or as fresh as `refresh` asks)."""
         if torch.compiler.is_compiling():
             return self._fresh(self.anchor_inputs)
-        if self.grad_through_anchors and torch.is_grad_enabled():
-            if self.anchor_batch is not None and self.training:
-                return self._partly_fresh()
-            return self._fresh(self.anchor_inputs)
         if self.training and self.refresh_rule != "eval":
             every = self.refresh_rule if isinstance(self.refresh_rule, int) else 1
             due = self._latents is None or self._steps % every == 0
             self._steps += 1
-            if due and self.anchor_batch is not None:
-                return self._partly_fresh()
-            if due:
-                self._latents, self._latents_of = self._fresh(self.anchor_inputs), ()
-            assert self._latents is not None
-            return self._latents
+            return self._fresh_for_step() if due else self._stored()
+        if self.grad_through_anchors and torch.is_grad_enabled():
+            with evaluating(self._embedder()):
+                return self._fresh(self.anchor_inputs)
+        # Embedding in evaluation mode writes to nothing, so that the versions below stay what they are.
         now = (_version(self.anchor_inputs), *map(_version, _state(self._embedder())))
         if self._latents is None or self._latents_of != now:
             with evaluating(self._embedder()):
-                self._latents = self._fresh(self.anchor_inputs)
-            # Embedding in evaluation mode writes to nothing, so that the versions are still those of `now`.
-            self._latents_of = now
+                self._latents, self._latents_of = self._fresh(self.anchor_inputs), now
+        return self._stored()
+
+    def _stored(self) -> Tensor:
+        assert self._latents is not None
         return self._latents
 
     def _fresh(self, inputs: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.grad_through_anchors and torch.is_grad_enabled()):
             return self._embed(inputs)
 
-    def _partly_fresh(self) -> Tensor:
-        """The next `anchor_batch` anchors at the current weights, the others as they were when their turn was."""
-        assert self.anchor_batch is not None
-        if self._latents is None:
-            with torch.no_grad():
-                self._latents = self._embed(self.anchor_inputs)
-        turn = (self._next + torch.arange(self.anchor_batch)) % len(self.anchor_inputs)
-        self._next = (self._next + self.anchor_batch) % len(self.anchor_inputs)
-        turn = turn.to(self.anchor_inputs.device)
-        mixed = self._latents.index_copy(0, turn, self._fresh(self.anchor_inputs[turn]))
-        self._latents, self._latents_of = mixed.detach(), ()
-        return mixed
+    def _fresh_for_step(self) -> Tensor:
+        """All anchors at the current weights; or the next `anchor_batch`, and the others as they were last."""
+        if self.anchor_batch is None:
+            latents = self._fresh(self.anchor_inputs)
+        else:
+            if self._latents is None:
+                with torch.no_grad():
+                    self._latents = self._embed(self.anchor_inputs)
+            turn = torch.arange(self._next, self._next + self.anchor_batch, device=self.anchor_inputs.device)
+            turn, self._next = (
+                turn % len(self.anchor_inputs),
+                (self._next + self.anchor_batch) % len(self.anchor_inputs),
+            )
+            latents = self._latents.index_copy(0, turn, self._fresh(self.anchor_inputs[turn]))
+        self._latents, self._latents_of = latents.detach(), ()
+        return latents
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_latents": None, "_latents_of": ()}
@@ -400,10 +400,7 @@ class RelativeEncoder(_AnchoredModule):
         if dataset is not None:
             if anchor_inputs.is_floating_point() or anchor_inputs.ndim != 1:
                 raise ValueError("anchor_inputs must be integers along one axis where dataset is given")
-            if anchor_inputs.numel() and not (
-                0 <= int(anchor_inputs.min()) and int(anchor_inputs.max()) < len(dataset)
-            ):
-                raise ValueError(f"anchor_inputs must index the {len(dataset)} samples of dataset")
+            check_index(anchor_inputs, len(dataset), "anchor_inputs", "samples of dataset")
             anchor_inputs = dataset[anchor_inputs]
         super().__init__(
             anchor_inputs, projection or RelativeRepresentation(), refresh, grad_through_anchors, anchor_batch
@@ -496,6 +493,4 @@ def _state(module: nn.Module) -> Iterable[Tensor]:
 def _version(tensor: Tensor) -> tuple:
     """Changes when a tensor is written to, moved or replaced. (Tensors made in inference mode count no writes.)"""
     writes = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), writes, tensor.dtype, tensor.device
-
-
+    return tensor.data_ptr(), writes, tensor.dtype, tensor.device, torch.is_inference_mode_enabled()

@@ -136,10 +136,7 @@ def anchor_latents(x: Tensor, anchors: Tensor) -> Tensor:
                 f"integer anchors are rows of a matrix x, got x of shape {tuple(x.shape)} "
                 f"and anchors of shape {tuple(anchors.shape)}"
             )
-        if anchors.numel() and not (0 <= int(anchors.min()) and int(anchors.max()) < len(x)):
-            raise ValueError(
-                f"anchors must index the {len(x)} rows of x, got {int(anchors.min())}..{int(anchors.max())}"
-            )
+        check_index(anchors, len(x), "anchors", "rows of x")
         anchors = x[anchors]
     check_anchors(anchors)
     if x.shape[-1] != anchors.shape[-1]:
@@ -150,6 +147,11 @@ def anchor_latents(x: Tensor, anchors: Tensor) -> Tensor:
 def check_anchors(anchors: Tensor) -> None:
     if anchors.ndim != 2 or anchors.numel() == 0:
         raise ValueError(f"anchors must be a non-empty (anchors, features) matrix, got shape {tuple(anchors.shape)}")
+
+
+def check_index(index: Tensor, count: int, name: str, what: str) -> None:
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
+        raise ValueError(f"{name} must index the {count} {what}, got {int(index.min())}..{int(index.max())}")
 
 
 def check_similarity(similarity: Similarity) -> list[str | Measure]:

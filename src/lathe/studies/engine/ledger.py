@@ -225,13 +225,17 @@ def _told(claim: Claim) -> dict[str, Any]:
 
 
 def best(slug: str, scale: str, output: Path | None) -> Result | None:
-    """What is known of a study at a scale: what was measured here, else what the project recorded."""
+    """What is known of a study at a scale: what was measured here, else what the project recorded.
+
+    The result says which under "here".
+    """
     if output is not None:
         result = read(result_path(output, slug, scale))
         if result is not None:
-            return result
+            return result | {"here": True}
     recorded = recorded_folder()
-    return None if recorded is None else read(recorded / slug / f"{scale}.json")
+    result = None if recorded is None else read(recorded / slug / f"{scale}.json")
+    return None if result is None else result | {"here": False}
 
 
 def listing(studies: list[Study], output: Path | None) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,78 @@
+"""Fills the marked parts of docs/papers/*.md: the example of each study and the table of what was measured.
+
+python docs/measured.py            write them
+python docs/measured.py --check    say which are out of date, and exit 1
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from lathe import studies
+from lathe.gallery import number
+from lathe.studies.engine import SCALES, Study, ledger
+
+HERE = Path(__file__).parent
+SIGNS = {"holds": "holds", "falls short": "**falls short**", "not at this scale": "not judged", None: "–"}
+
+
+def measured(study: Study) -> str:
+    """The table of a study's claims at the scales that the project recorded."""
+    found = {scale: ledger.best(study.slug, scale, None) for scale in SCALES}
+    shown = [scale for scale in SCALES if found[scale] is not None]
+    rows = ledger.summary(study, found)["claims"]
+    lines = [
+        f"| | claim | must be | {' | '.join(shown)} |",
+        f"| --- | --- | --- | {' | '.join('---' for _ in shown)} |",
+    ]
+    for claim in rows:
+        cells = []
+        for scale in shown:
+            at = claim["scales"][scale]
+            spread = f" ± {number(at['spread'])}" if at["spread"] is not None else ""
+            value = "" if at["value"] is None else f"{number(at['value'])}{spread}, "
+            cells.append(f"{value}{SIGNS[at['verdict']]}")
+        also = "".join(f"; {name} {bound}" for name, bound in claim["also"].items())
+        unit = f" {claim['unit']}" if claim["unit"] else ""
+        text, bound = (part.replace("|", "\\|") for part in (claim["text"], f"{claim['holds']}{unit}{also}"))
+        lines.append(f"| {claim['id']} | {text} | {bound} | {' | '.join(cells)} |")
+    for scale in shown[-1:]:
+        result = found[scale]
+        assert result is not None
+        machine = result["machine"]
+        where = f"{machine['processor']} ({machine['device']}), torch {result['versions']['torch']}"
+        lines += [""]
+        lines += [f"Measured {result['started'][:10]} on {where}; figures: `lathe show {study.slug}` and the gallery."]
+        lines += [f"- {claim['id']}: {claim['note']}" for claim in result["claims"] if claim["note"]]
+    return "\n".join(lines)
+
+
+def filled(page: str, name: str, content: str) -> str:
+    """The page with the part between its `name` markers replaced."""
+    pattern = re.compile(rf"(<!-- {name}:begin -->).*?(<!-- {name}:end -->)", re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"the page has no <!-- {name}:begin --> ... <!-- {name}:end -->")
+    return pattern.sub(lambda match: f"{match[1]}\n{content}\n{match[2]}", page)
+
+
+def main() -> int:
+    stale = []
+    for slug in studies.slugs():
+        study, path = studies.load(slug), HERE / "papers" / f"{slug}.md"
+        page = path.read_text(encoding="utf-8")
+        new = filled(page, "example", f"```python\n{study.example}\n```")
+        new = filled(new, "measured", measured(study))
+        if new != page:
+            stale.append(path.name)
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        print(f"out of date, run `make docs`: {', '.join(stale)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,222 @@
+"""Activation functions as theory needs them: with derivatives, kinks and closed-form Gaussian moments."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lathe.core.gaussian import closed
+
+__all__ = ["Activation", "ActivationLike", "activation"]
+
+Pointwise: TypeAlias = Callable[[Tensor], Tensor]
+PairMoments: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A scalar function applied to each element, and what is known about it.
+
+    Args:
+        fn: the function, of tensors of any shape.
+        d1: its first derivative; by autograd where not given.
+        d2: its second derivative away from the kinks; by autograd where not given.
+        kinks: where `fn` or its first derivatives jump. Quadrature splits the line there. `fn` itself has to be
+            continuous for identities that integrate by parts (all of `lathe.theory` uses them).
+        order: nodes per dimension that a Gauss-Hermite rule needs for this function.
+        name: for messages.
+        slopes: `(a_minus, a_plus)` where the function is `a_minus z` below zero and `a_plus z` above.
+        pair: closed form `(K_aa, K_ab, K_bb) -> (<s_a s_b>, <s'_a s'_b>)`, elementwise, if there is one.
+    """
+
+    fn: Pointwise
+    d1: Pointwise | None = None
+    d2: Pointwise | None = None
+    kinks: tuple[float, ...] = ()
+    order: int = 100
+    name: str = "activation"
+    slopes: tuple[float, float] | None = None
+    pair: PairMoments | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.fn(z)
+
+    def derivative(self, z: Tensor, order: int = 1) -> Tensor:
+        """The derivative of the given order at `z`, elementwise; delta functions at the kinks are left out."""
+        known = {0: self.fn, 1: self.d1, 2: self.d2}
+        start = max(k for k, function in known.items() if function is not None and k <= order)
+        function = known[start]
+        assert function is not None
+        for _ in range(order - start):
+            function = _differentiate(function)
+        return function(z)
+
+
+ActivationLike: TypeAlias = Activation | str | nn.Module | Callable[..., Any]
+
+
+def activation(spec: ActivationLike) -> Activation:
+    """The `Activation` that a name ("tanh"), a module (`nn.LeakyReLU(0.1)`) or a plain function stands for.
+
+    A plain function or an unknown module is taken to be smooth; give `Activation(fn, kinks=...)` where it is not.
+
+    Raises:
+        ValueError: where `spec` is a name that is not known.
+        TypeError: where `spec` is no name, module, function or `Activation`.
+    """
+    if isinstance(spec, Activation):
+        return spec
+    if isinstance(spec, str):
+        name = _ALIASES.get(spec.lower(), spec.lower())
+        if name not in _NAMED:
+            raise ValueError(f"spec must name a known activation ({', '.join(sorted(_NAMED))}), got {spec!r}")
+        return _NAMED[name]
+    if isinstance(spec, nn.Module):
+        return _of_module(spec)
+    if callable(spec):
+        name = getattr(spec, "__name__", "activation")
+        return _FUNCTIONS.get(spec) or Activation(spec, name=name)
+    raise TypeError(f"spec must be a name, a module, a function or an Activation, got {type(spec).__name__}")
+
+
+def _differentiate(function: Pointwise) -> Pointwise:
+    # torch.func.grad composes with vmap, with itself and with an outer autograd graph.
+    return torch.func.grad(lambda z: function(z).sum())
+
+
+def _piecewise_linear(a_minus: float, a_plus: float, name: str) -> Activation:
+    straight = a_minus == a_plus
+    return Activation(
+        lambda z: torch.where(z >= 0, a_plus * z, a_minus * z),
+        lambda z: torch.where(z >= 0, torch.full_like(z, a_plus), torch.full_like(z, a_minus)),
+        torch.zeros_like,
+        kinks=() if straight else (0.0,),
+        name=name,
+        slopes=(a_minus, a_plus),
+        pair=closed.piecewise_linear(a_minus, a_plus),
+    )
+
+
+def _normal_density(z: Tensor) -> Tensor:
+    return torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+
+def _swish_d1(z: Tensor) -> Tensor:
+    gate = torch.sigmoid(z)
+    return gate * (1 + z * (1 - gate))
+
+
+def _swish_d2(z: Tensor) -> Tensor:
+    gate = torch.sigmoid(z)
+    return gate * (1 - gate) * (2 + z * (1 - 2 * gate))
+
+
+_NAMED = {
+    "linear": _piecewise_linear(1.0, 1.0, "linear"),
+    "relu": _piecewise_linear(0.0, 1.0, "relu"),
+    "leaky_relu": _piecewise_linear(0.01, 1.0, "leaky_relu"),
+    "tanh": Activation(
+        torch.tanh,
+        lambda z: 1 - torch.tanh(z) ** 2,
+        lambda z: -2 * torch.tanh(z) * (1 - torch.tanh(z) ** 2),
+        name="tanh",
+    ),
+    "sin": Activation(torch.sin, torch.cos, lambda z: -torch.sin(z), name="sin", pair=closed.sine),
+    "cos": Activation(torch.cos, lambda z: -torch.sin(z), lambda z: -torch.cos(z), name="cos", pair=closed.cosine),
+    "erf": Activation(
+        torch.erf,
+        lambda z: 2 / math.sqrt(math.pi) * torch.exp(-z * z),
+        lambda z: -4 / math.sqrt(math.pi) * z * torch.exp(-z * z),
+        name="erf",
+        pair=closed.error_function,
+    ),
+    "gelu": Activation(
+        F.gelu,
+        lambda z: torch.special.ndtr(z) + z * _normal_density(z),
+        lambda z: (2 - z * z) * _normal_density(z),
+        name="gelu",
+        pair=closed.gelu,
+    ),
+    "swish": Activation(F.silu, _swish_d1, _swish_d2, name="swish"),
+    "sigmoid": Activation(torch.sigmoid, name="sigmoid"),
+    "softplus": Activation(
+        F.softplus, torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), name="softplus"
+    ),
+    "mish": Activation(lambda z: z * torch.tanh(F.softplus(z)), name="mish"),
+    "elu": Activation(F.elu, kinks=(0.0,), name="elu"),
+    "selu": Activation(F.selu, kinks=(0.0,), name="selu"),
+    "hardtanh": Activation(F.hardtanh, kinks=(-1.0, 1.0), name="hardtanh"),
+    "relu6": Activation(F.relu6, kinks=(0.0, 6.0), name="relu6"),
+    "hardswish": Activation(F.hardswish, kinks=(-3.0, 3.0), name="hardswish"),
+    "perceptron": Activation(torch.sign, torch.zeros_like, torch.zeros_like, kinks=(0.0,), name="perceptron"),
+}
+_ALIASES = {"silu": "swish", "identity": "linear", "sign": "perceptron", "leakyrelu": "leaky_relu"}
+_FUNCTIONS: dict[Any, Activation] = {
+    torch.tanh: _NAMED["tanh"],
+    F.tanh: _NAMED["tanh"],
+    torch.relu: _NAMED["relu"],
+    F.relu: _NAMED["relu"],
+    F.leaky_relu: _NAMED["leaky_relu"],
+    torch.sin: _NAMED["sin"],
+    torch.cos: _NAMED["cos"],
+    torch.erf: _NAMED["erf"],
+    F.gelu: _NAMED["gelu"],
+    F.silu: _NAMED["swish"],
+    torch.sigmoid: _NAMED["sigmoid"],
+    F.sigmoid: _NAMED["sigmoid"],
+    F.softplus: _NAMED["softplus"],
+    F.mish: _NAMED["mish"],
+    F.elu: _NAMED["elu"],
+    torch.selu: _NAMED["selu"],
+    F.selu: _NAMED["selu"],
+    F.hardtanh: _NAMED["hardtanh"],
+    F.relu6: _NAMED["relu6"],
+    F.hardswish: _NAMED["hardswish"],
+}
+_MODULES: dict[type[nn.Module], str] = {
+    nn.Identity: "linear",
+    nn.ReLU: "relu",
+    nn.Tanh: "tanh",
+    nn.SiLU: "swish",
+    nn.Sigmoid: "sigmoid",
+    nn.Mish: "mish",
+    nn.SELU: "selu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+}
+
+
+def _of_module(module: nn.Module) -> Activation:
+    kind = type(module)
+    if kind in _MODULES:
+        return _NAMED[_MODULES[kind]]
+    if isinstance(module, nn.LeakyReLU):
+        return _piecewise_linear(module.negative_slope, 1.0, f"leaky_relu({module.negative_slope:g})")
+    if isinstance(module, nn.PReLU) and module.weight.numel() == 1:
+        slope = module.weight.item()
+        return _piecewise_linear(slope, 1.0, f"prelu({slope:g})")
+    if isinstance(module, nn.GELU) and module.approximate == "none":
+        return _NAMED["gelu"]
+    if isinstance(module, nn.Softplus) and (module.beta, module.threshold) == (1.0, 20.0):
+        return _NAMED["softplus"]
+    kinks: tuple[float, ...] = ()
+    if isinstance(module, nn.Hardtanh):
+        kinks = (float(module.min_val), float(module.max_val))
+    elif isinstance(module, (nn.ELU, nn.CELU)):
+        kinks = (0.0,)
+    return Activation(_pure(module), kinks=kinks, name=kind.__name__.lower())
+
+
+def _pure(module: nn.Module) -> Pointwise:
+    """The module as a function that never writes into its argument."""
+    if getattr(module, "inplace", False):
+        module = copy.copy(module)
+        module.inplace = False  # type: ignore[assignment]
+    return module

@@ -4,8 +4,8 @@
 modules are registered says little; what counts is that the output of one goes into the next and nowhere else.
 
 Sources, the surest first: `torch.fx` on the whole network; a recorded forward of `example_input`; `torch.fx` on the
-parts that can be traced; and for what is left a guess, by the plain calls in the source of a module's `forward`, or, where
-that names no children, by the order of registration within a container.
+parts that can be traced; and for what is left a guess, by the plain calls in the source of a module's `forward`, or,
+where that names no children, by the order of registration within a container.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Element = type | tuple  # a type, or several types of which each will do
 TRACED = "torch.fx"
 RECORDED = "a recorded forward of example_input"
 TRACED_PART = "torch.fx on a part"
-REGISTERED = "order of registration"
+REGISTERED = "a guess by source and registration"
 
 
 class ModuleSequence(NamedTuple):
@@ -140,7 +140,7 @@ class DataFlow:
             return
         self.regions = _explore("", model, kinds, set(), {})
         self.notes.append(
-            f"{could_not}; the order of modules was read by torch.fx in the parts that it can trace, and elsewhere guessed"
+            f"{could_not}; the order of modules was read by torch.fx in the parts that it can trace, elsewhere guessed"
             " from the source of forward and the order of registration: pass example_input to record the real one"
         )
 
@@ -296,11 +296,14 @@ def _explore(
 
 
 def _flow_of_registration(module: nn.Module, kinds: frozenset[type]) -> Flow:
-    """A guess at who follows whom among children: by the source of `forward`, or, where that names none, by registration."""
+    """A guess at which child follows which: by the source of `forward`, or, where that names none, by registration."""
     flow = Flow()
     source = _Source(module)
+    # Under all its names: a shared module is called once for each.
     children = [
-        (key, child) for key, child in module.named_children() if type(child) is not nn.Identity or nn.Identity in kinds
+        (key, child)
+        for key, child in module._modules.items()
+        if child is not None and (type(child) is not nn.Identity or nn.Identity in kinds)
     ]
     for (key, child), following in zip(children, [*(child for _, child in children[1:]), None]):
         if key in source.named:
@@ -319,11 +322,11 @@ def _flow_of_registration(module: nn.Module, kinds: frozenset[type]) -> Flow:
 class _Source:
     """What the source of a module's `forward` says about its children.
 
-    Believed are the two plain forms only: `self.b(self.a(x))`, and `y = self.a(x)` followed by `self.b(y)` in one block.
+    Only two plain forms are believed: `self.b(self.a(x))`, and `y = self.a(x)` followed by `self.b(y)` in one block.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.children = {key for key, _ in module.named_children()}
+        self.children = {key for key, child in module._modules.items() if child is not None}
         self.named: set[str] = set()
         self.read: set[str] = set()
         """Children that are mentioned without being called."""
@@ -337,10 +340,8 @@ class _Source:
             tree = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
         except (OSError, TypeError, SyntaxError, IndexError):
             return
-        for block in (field for _, field in ast.iter_fields(tree) if isinstance(field, list)):
-            for statement in block:
-                if isinstance(statement, ast.stmt):
-                    self._visit(statement, tree, id(block))
+        for statement in getattr(tree, "body", []):
+            self._visit(statement, tree, 0)
 
     def _visit(self, node: ast.AST, parent: ast.AST, block: int) -> None:
         if isinstance(node, ast.Call):
@@ -522,7 +523,7 @@ def _unchanged(model: nn.Module, training: bool) -> Iterator[None]:
     inner: list[list[tuple[dict, dict]]] = [
         [(table, dict(table)) for table in (module._parameters, module._buffers, module._modules)] for module in modules
     ]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     for module in modules:
         module.training = training
     try:
@@ -535,6 +536,7 @@ def _unchanged(model: nn.Module, training: bool) -> Iterator[None]:
             module.__dict__.clear()
             module.__dict__.update(attributes)
         with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
+            for buffer, value in buffers:
+                # Its version does not tell: BatchNorm writes running statistics without counting it up.
+                if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)

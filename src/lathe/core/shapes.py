@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 __all__ = ["conv_arguments", "linear_arguments"]
 
 
-def conv_arguments(conv: _ConvNd) -> dict[str, Any]:
+def conv_arguments(conv: nn.Module) -> dict[str, Any]:
     """Keyword arguments that build another convolution of the same shape, device and dtype as `conv`.
 
     Raises:
@@ -39,7 +39,7 @@ def conv_arguments(conv: _ConvNd) -> dict[str, Any]:
     return arguments
 
 
-def linear_arguments(linear: nn.Linear) -> dict[str, Any]:
+def linear_arguments(linear: nn.Module) -> dict[str, Any]:
     """Keyword arguments that build another linear layer of the same shape, device and dtype as `linear`.
 
     Raises:

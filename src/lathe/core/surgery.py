@@ -259,8 +259,8 @@ class _Plan:
         self._adapt(new, head)
         self.steps.append(_Step(modules, new, found_by))
         for member in modules:
-            for each in member.modules():
-                self.taken[id(each)] = self.names[id(member)][0]
+            for gone in member.modules():
+                self.taken[id(gone)] = self.names[id(member)][0]
         return True
 
     def _adapt(self, new: nn.Module, old: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Files from the network, whole and checked, or not at all.
 
-A download is resumed where it broke, compared with its checksum, and moved into place in one step. Archives are unpacked
-by member: names that leave the folder, links and bombs are refused before a byte is written. Nothing is unpickled.
+A download is resumed where it broke, compared with its checksum, and moved into place in one step. Archives are
+unpacked by member: names that leave the folder, links and bombs are refused before a byte is written. Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -162,9 +163,7 @@ def _fetch(
         time.sleep(min(30.0, pause * 2**failed))
 
 
-def _attempt(
-    url: str, part: Path, tag: Path, checked: bool, limit: int, report: Report | None, timeout: float
-) -> bool:
+def _attempt(url: str, part: Path, tag: Path, checked: bool, limit: int, report: Report | None, timeout: float) -> bool:
     """One request; whether the file is complete after it."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "lathe"}
     there = _size(part)
@@ -255,7 +254,7 @@ def _range_start(value: str | None) -> int | None:
 
 
 def extract(archive: Path, folder: Path, *, inside: str, limit: int = 4 << 30) -> None:
-    """Unpack the members under `inside` (a file, or a folder that ends in "/") of a zip into `folder`, less that prefix.
+    """Unpack what is `inside` a zip (a file, or a folder that ends in "/") into `folder`, without the path before it.
 
     Raises:
         ValueError: where the archive is broken, or has a name, link or size that is refused; nothing is left then.

@@ -6,6 +6,7 @@ taken.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -24,9 +25,10 @@ from lathe.data.download import checked_members
 from lathe.data.kinds import Fields, Graph, Images, OneShot, Ratings, Text, Views
 
 __all__ = [
+    "bundled_digits",
+    "burgers_fields",
     "citation_graph",
     "darcy_fields",
-    "burgers_fields",
     "drawn_characters",
     "one_shot_runs",
     "parquet_images",
@@ -50,8 +52,7 @@ def _clearly(read: Callable[_P, _R]) -> Callable[_P, _R]:
         except FileNotFoundError:
             raise
         except Exception as error:  # libraries raise anything from KeyError to struct.error on broken bytes
-            files = args[0]
-            where = files if isinstance(files, Path) else ", ".join(str(file) for file in files)  # type: ignore[attr-defined]
+            where = ", ".join(str(file) for file in args[0])  # type: ignore[attr-defined]
             lines = str(error).strip().splitlines()
             raise ValueError(f"{where} cannot be read: {lines[0] if lines else type(error).__name__}") from error
 
@@ -119,17 +120,35 @@ def one_shot_runs(files: Sequence[Path]) -> OneShot:
 
 
 @_clearly
-def running_text(files: Sequence[Path]) -> Text:
-    """UTF-8 text, one file after the other; the ends of lines as in the files."""
-    content = "".join(file.read_bytes().decode("utf-8") for file in files)
-    if not content:
-        raise ValueError("it is empty")
-    return Text(content)
+def bundled_digits(files: Sequence[Path], *, split: str) -> Images:
+    """scikit-learn's digits, 0..16 stretched to 0..255; 360 of them, drawn once and for all, are the split "test"."""
+    (file,) = files
+    with gzip.open(file, "rt", encoding="ascii") as lines:
+        rows = np.loadtxt(lines, delimiter=",", dtype=np.int64)
+    if rows.shape != (1797, 65) or rows[:, :64].min() < 0 or rows[:, :64].max() > 16:
+        raise ValueError(f"it holds an array of shape {rows.shape}, not 1797 rows of 64 pixels in 0..16 and a label")
+    pixels = torch.from_numpy(np.rint(rows[:, :64] * (255 / 16)).astype(np.uint8)).reshape(-1, 1, 8, 8)
+    labels = torch.from_numpy(rows[:, 64].copy())
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+    chosen = {"train": order[360:], "test": order[:360], "all": torch.arange(1797)}[split]
+    return _images(pixels[chosen], labels[chosen], "0123456789")
 
 
 @_clearly
-def ratings(files: Sequence[Path], *, separator: str, header: str | None, best: float) -> Ratings:
-    """Rows of user, item, rating and time."""
+def running_text(files: Sequence[Path], *, part: tuple[float, float] = (0.0, 1.0)) -> Text:
+    """UTF-8 text, one file after the other, or a part of it; the ends of lines as in the files."""
+    content = "".join(file.read_bytes().decode("utf-8") for file in files)
+    if not content:
+        raise ValueError("it is empty")
+    begin, end = (round(share * len(content)) for share in part)
+    return Text(content[begin:end])
+
+
+@_clearly
+def ratings(
+    files: Sequence[Path], *, separator: str, header: str | None, best: float, last_user: int | None = None
+) -> Ratings:
+    """Rows of user, item, rating and time, without those of users beyond `last_user`."""
     (file,) = files
     with file.open(encoding="ascii", newline="") as lines:
         if header is not None and (found := next(lines, "").strip()) != header:
@@ -142,6 +161,8 @@ def ratings(files: Sequence[Path], *, separator: str, header: str | None, best: 
         raise ValueError("users, items and times are not all whole numbers")
     if not ((rows[:, 2] > 0) & (rows[:, 2] <= best)).all():
         raise ValueError(f"ratings are not all above 0 and at most {best}")
+    if last_user is not None:
+        rows = rows[rows[:, 0] <= last_user]
     user_ids, users = np.unique(rows[:, 0].astype(np.int64), return_inverse=True)
     item_ids, items = np.unique(rows[:, 1].astype(np.int64), return_inverse=True)
     return Ratings(
@@ -203,13 +224,14 @@ def burgers_fields(files: Sequence[Path]) -> Fields:
 
 
 @_clearly
-def photographs(folder: Path, *, split: str, resolution: int) -> Views:
+def photographs(files: Sequence[Path], *, split: str, resolution: int) -> Views:
     """A scene in the layout of NeRF-Synthetic: every 8th training view is held out as the split "test".
 
     Views larger than `resolution` are averaged down over boxes of pixels.
     """
     from PIL import Image
 
+    (folder,) = files
     described = json.loads((folder / "transforms_train.json").read_text("utf-8"))
     angle = float(described["camera_angle_x"])
     if not 0 < angle < math.pi:

@@ -37,6 +37,7 @@ AREAS = {
     "representations": "Representations",
     "training": "Training",
 }
+SNIPPET = "window.vegaEmbed = vegaEmbed;"
 VERDICTS = {
     HOLDS: ("holds", "Holds"),
     FALLS_SHORT: ("short", "Falls short"),
@@ -92,7 +93,7 @@ def _vega_bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script."""
     import vl_convert
 
-    return f"(function () {{\n{vl_convert.javascript_bundle()}\n}})();\n"
+    return f"(function () {{\n{vl_convert.javascript_bundle(SNIPPET)}\n}})();\n"
 
 
 def _page(study: Study, output: Path | None) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _page(study: Study, output: Path | None) -> dict[str, Any]:
     result = found[shown] if shown else None
     findings = {claim["id"]: claim for claim in result["claims"]} if result else {}
     unmeasured = {claim["id"]: claim for claim in ledger.summary(study, {})["claims"]}
-    blank = {
+    blank: dict[str, Any] = {
         "verdict": None,
         "value": None,
         "baseline": None,

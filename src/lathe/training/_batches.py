@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["Batch", "Data", "Source", "Share", "derive_seed", "open_source", "walk"]
+__all__ = ["Batch", "Data", "Share", "Source", "derive_seed", "open_source", "walk"]
 
 Data = tuple[Any, ...] | Dataset | DataLoader
 
@@ -39,6 +39,7 @@ class Share:
     world: int = 1
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where batches come from; `length` is the number of batches in an epoch, where that is known."""
 

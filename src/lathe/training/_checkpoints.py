@@ -14,6 +14,7 @@ import os
 import pickle
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,7 @@ class Checkpoints:
             for name, state in states.items():
                 tensors, metadata, others = _pack(state)
                 rest["states"][name] = {"others": others}
-                written |= self._write(
-                    name, step, ".safetensors", lambda path, t=tensors, m=metadata: save_file(t, path, m)
-                )
+                written |= self._write(name, step, ".safetensors", partial(_save_tensors, tensors, metadata))
             written |= self._write("training", step, ".pt", lambda path: path.write_bytes(_serialise(rest)))
             manifest = {"format": _FORMAT, "step": step, "files": written}
             draft = self.folder / f".{_MANIFEST}"
@@ -75,11 +74,11 @@ class Checkpoints:
             _flush(self.folder)
         except (OSError, SafetensorError) as error:
             before = f"the checkpoint before it is untouched in {self.folder}" if self.exists() else "there is none yet"
-            self._sweep()
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}; {before}"
             ) from error
-        self._sweep()
+        finally:
+            self._sweep()
 
     def load(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """The weights and the rest, both checked against their sha256.
@@ -207,6 +206,10 @@ def _unpack(path: Path, others: dict[str, Any]) -> dict[str, Any]:
     for name, stored in json.loads(metadata.get("tied", "{}")).items():
         state[name] = state[stored]
     return state | others
+
+
+def _save_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    save_file(tensors, path, metadata)
 
 
 def _serialise(rest: dict[str, Any]) -> bytes:

@@ -32,7 +32,7 @@ def one_cycle(max_lr: float | list[float], **options: Any) -> Schedule:
 
 
 def cosine(*, warmup: float = 0.0, final: float = 0.0) -> Schedule:
-    """Half a cosine from the optimiser's own rate down to `final` times it (Loshchilov & Hutter 2016, arXiv 1608.03983).
+    """Half a cosine from the optimiser's own rate down to `final` times it (Loshchilov & Hutter 2016, 1608.03983).
 
     Args:
         warmup: share of the steps, in [0, 1), over which the rate first rises linearly.

@@ -9,27 +9,25 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lathe.training._batches import Batch, Data, Share, Source, derive_seed, open_source, walk
+from lathe.training._batches import Batch, Data, Share, Source, derive_seed, open_source
 from lathe.training._checkpoints import CheckpointError, Checkpoints, load_weights
+from lathe.training._evaluation import Metric, accuracy, evaluate, judge, place
+from lathe.training._processes import Forward, Processes
+from lathe.training._random import own_randomness, random_state, restore_random, seed_everything
 from lathe.training._schedules import Schedule
 
 __all__ = ["EarlyStop", "History", "Progress", "TrainingDiverged", "accuracy", "evaluate", "fit"]
-
-Metric = Callable[..., Tensor | float]
 
 # On an accelerator the losses are read back this often, so that the device never waits for the host.
 _READ_EVERY = 16
@@ -101,11 +99,6 @@ class TrainingDiverged(RuntimeError):
         self.step = step
 
 
-def accuracy(output: Float[Tensor, "batch classes *spatial"], target: Int[Tensor, "batch *spatial"]) -> Tensor:
-    """Share of the targets that have the highest output, in [0, 1]."""
-    return (output.argmax(1) == target).float().mean()
-
-
 def fit(
     model: nn.Module,
     data: Data,
@@ -147,7 +140,8 @@ def fit(
         batch_size: samples of one forward pass over all processes together; 100 where nothing is said.
         validation: as `data`; its metrics are means over its samples.
         metrics: name -> function of the output and the targets of a batch, a mean over the batch's samples.
-        validate_every: steps between validations; None validates after each epoch. The last step always validates.
+        validate_every: steps between validations; None validates after each epoch (a stream of unknown length has
+            none). The last step always validates.
         augment: `augment(inputs, generator) -> inputs` on each training batch, on the device.
         precision: "bf16" runs the forward pass in autocast and gives the loss float32 outputs.
         accumulate: batches whose gradients make one step; an epoch's last step takes those that are left.
@@ -184,7 +178,7 @@ def fit(
     if early_stop and early_stop.metric not in {"loss", *metrics}:
         raise ValueError(f"early_stop.metric must be one of {sorted({'loss', *metrics})}, got {early_stop.metric!r}")
 
-    processes = _Processes(device)
+    processes = Processes(device)
     share = Share(processes.rank, processes.world)
     source = open_source(data, batch_size=batch_size, default=100, shuffle=seed, share=share)
     judged = None if validation is None else open_source(validation, default=1000, share=share)
@@ -207,13 +201,13 @@ def fit(
         "processes": processes.world,
         "steps": total if scheduler else None,
     }
-    with _own_randomness(processes.device):
+    with own_randomness(processes.device):
         if folder is not None:
             processes.together(folder.prepare)
             if resume and folder.exists():
                 run.load(folder, plan, total)
         earlier = run.history.seconds
-        alone = _Forward(model, processes.device, precision)
+        alone = Forward(model, processes.device, precision)
         forward = processes.wrap(alone)
         model.train()
         for window in run.windows(source, accumulate, total):
@@ -228,7 +222,8 @@ def fit(
             run.step += 1
             last, ended = run.step == total, run.batch == 0
             if judged is not None and (last or _due(run.step, validate_every, ended)):
-                run.judge(_judge(alone, judged, {"loss": loss, **metrics}, processes))
+                processes.share_buffers(model)
+                run.judge(judge(alone, judged, {"loss": loss, **metrics}, processes))
                 model.train()
             run.history.seconds = earlier + time.perf_counter() - started
             if folder is not None and (last or run.stopped or _due(run.step, checkpoint_every, ended)):
@@ -242,93 +237,6 @@ def fit(
     return run.history
 
 
-def evaluate(
-    model: nn.Module, data: Data, metrics: Mapping[str, Metric], *, batch_size: int | None = None
-) -> dict[str, float]:
-    """Means of the metrics over all samples of `data`, in eval mode, on the model's device.
-
-    Args:
-        data: `(inputs, *targets)`, a Dataset or a DataLoader, as for `fit`.
-        metrics: name -> function of the output and the targets of a batch, a mean over the batch's samples.
-        batch_size: samples of a forward pass; 1000 where nothing is said.
-    """
-    source = open_source(data, batch_size=batch_size, default=1000)
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    training = model.training
-    try:
-        return _judge(_Forward(model, device, "no"), source, metrics, None)
-    finally:
-        model.train(training)
-
-
-class _Forward(nn.Module):
-    """The network as the loop calls it: in autocast where asked, with outputs of float32."""
-
-    def __init__(self, model: nn.Module, device: torch.device, precision: str) -> None:
-        super().__init__()
-        self.model, self.device, self.half = model, device, precision == "bf16"
-
-    def forward(self, inputs: Any) -> Any:
-        if not self.half:
-            return self.model(inputs)
-        with torch.autocast(self.device.type, torch.bfloat16):
-            output = self.model(inputs)
-        return walk(lambda part: part.float() if part.dtype is torch.bfloat16 else part, output)
-
-
-class _Processes:
-    """The processes that train together, by Accelerate; mostly one."""
-
-    def __init__(self, device: str | torch.device) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedType
-
-        try:
-            wanted = torch.device(device)
-            torch.empty(0, device=wanted)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"device must be one of this machine, got {str(device)!r}") from error
-        launched = torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
-        self.accelerator = Accelerator(cpu=launched and wanted.type == "cpu", device_placement=False)
-        kind = self.accelerator.distributed_type
-        if kind is not DistributedType.NO and not kind.value.startswith("MULTI_"):
-            raise ValueError(
-                f"fit trains on one device or data-parallel, but Accelerate was launched with {kind.value}"
-            )
-        if self.accelerator.scaler is not None:
-            raise ValueError("fit trains in float32 or bf16, but Accelerate was launched with fp16")
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = wanted if self.world == 1 else self.accelerator.device
-        if self.device.type != wanted.type:
-            raise ValueError(f"device is {str(device)!r}, but the processes were launched for {self.device.type!r}")
-
-    def wrap(self, forward: nn.Module) -> nn.Module:
-        return forward if self.world == 1 else self.accelerator.prepare_model(forward)
-
-    def mean(self, value: Tensor) -> Tensor:
-        return value if self.world == 1 else self.accelerator.reduce(value, "mean")
-
-    def all(self, value: Any) -> list[Any]:
-        """The value of every process, in order."""
-        if self.world == 1:
-            return [value]
-        from accelerate.utils import gather_object
-
-        return gather_object([value])
-
-    def together(self, act: Callable[[], None]) -> None:
-        """Act in the main process; where that fails, every process raises, so that none waits for ever."""
-        error: Exception | None = None
-        if self.rank == 0:
-            try:
-                act()
-            except CheckpointError as caught:
-                error = caught
-        if (found := self.all(None if error is None else str(error))[0]) is not None:
-            raise error or CheckpointError(found)
-
-
 class _Run:
     """All that a checkpoint holds, and what moves it on."""
 
@@ -339,7 +247,7 @@ class _Run:
         scheduler: LRScheduler | None,
         early_stop: EarlyStop | None,
         seed: int,
-        processes: _Processes,
+        processes: Processes,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.early_stop, self.seed, self.processes = early_stop, seed, processes
@@ -360,11 +268,11 @@ class _Run:
     def windows(self, source: Source, accumulate: int, total: int) -> Iterator[list[Batch]]:
         """The batches of each step; `epoch` and `batch` are already those after the step."""
         while self.step < total and not self.stopped:
-            _seed(derive_seed(self.seed, self.epoch, self.processes.rank, 2), self.generator)
+            seed_everything(derive_seed(self.seed, self.epoch, self.processes.rank, 2), self.generator)
             batches = source.epoch(self.epoch, self.batch)
-            if self.random is not None:
-                _restore_random(self.random, self.generator)
-                self.random = None
+            if self.batch and self.random is not None:
+                restore_random(self.random, self.generator)
+            self.random = None
             while self.step < total and not self.stopped:
                 window = list(itertools.islice(batches, accumulate))
                 if not window:
@@ -433,14 +341,15 @@ class _Run:
     def finish(self) -> None:
         self.read_losses()
         self.refuse_broken_weights()
-        if self.best_weights is not None:
+        if self.best_weights is not None and self.early_stop and self.early_stop.restore_best:
             self.model.load_state_dict(self.best_weights)
+        self.processes.share_buffers(self.model)
         self.model.eval()
 
     def save(self, folder: Checkpoints, plan: dict[str, Any]) -> None:
         self.read_losses()
         self.refuse_broken_weights()
-        random_states = self.processes.all(_random(self.generator))
+        random_states = self.processes.all(random_state(self.generator))
         rest = {
             "plan": plan,
             "step": self.step,
@@ -494,13 +403,13 @@ def _gradients(
     loss: Callable[..., Tensor],
     augment: Callable[[Any, torch.Generator], Any] | None,
     generator: torch.Generator,
-    processes: _Processes,
+    processes: Processes,
 ) -> Tensor:
     """Add up the gradients of one step's batches; returns the mean loss over its samples in all processes."""
     whole = sum(batch.whole for batch in window)
     total: Tensor | None = None
     for number, batch in enumerate(window, start=1):
-        inputs, targets = _place(batch, processes.device)
+        inputs, targets = place(batch, processes.device)
         if augment is not None:
             inputs = augment(inputs, generator)
         # Processes exchange gradients once a step; they average, so that a batch weighs by its share of the samples.
@@ -516,33 +425,6 @@ def _gradients(
         total = value.detach() if total is None else total + value.detach()
     assert total is not None
     return processes.mean(total)
-
-
-@torch.no_grad()
-def _judge(
-    forward: _Forward, source: Source, metrics: Mapping[str, Metric], processes: _Processes | None
-) -> dict[str, float]:
-    """Means of the metrics over the samples of all processes; a metric's value counts by its batch's size."""
-    forward.eval()
-    sums = torch.zeros(len(metrics) + 1, dtype=torch.float64)
-    for batch in source.epoch(0):
-        if batch.mine:
-            inputs, targets = _place(batch, forward.device)
-            output = forward(inputs)
-            values = [float(metric(output, *targets)) for metric in metrics.values()]
-            sums += batch.mine * torch.tensor([*values, 1.0], dtype=torch.float64)
-    if processes is not None and processes.world > 1:
-        sums = torch.stack(processes.all(sums)).sum(0)
-    if not sums[-1]:
-        raise ValueError("validation data must hold at least one sample, got none")
-    return {name: (value / sums[-1]).item() for name, value in zip(metrics, sums)}
-
-
-def _place(batch: Batch, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
-    def move(part: Tensor) -> Tensor:
-        return part if part.device == device else part.to(device, non_blocking=True)
-
-    return walk(move, batch.inputs), tuple(walk(move, target) for target in batch.targets)
 
 
 def _due(step: int, every: int | None, epoch_ended: bool) -> bool:
@@ -576,49 +458,3 @@ def _make_optimizer(optimizer: Callable[..., Optimizer] | Optimizer, model: nn.M
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("optimizer must make one step from one gradient, got LBFGS")
     return optimizer
-
-
-@contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Give the global random numbers back as they were."""
-    before = _random(None, device)
-    try:
-        yield
-    finally:
-        _restore_random(before, None, device)
-
-
-def _seed(seed: int, generator: torch.Generator) -> None:
-    generator.manual_seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if generator.device.type == "cuda":
-        with torch.cuda.device(generator.device):
-            torch.cuda.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  (what a Dataset's transforms draw from)
-    random.seed(seed)
-
-
-def _random(generator: torch.Generator | None, device: torch.device | None = None) -> dict[str, Any]:
-    device = generator.device if generator is not None else device
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return {
-        "generator": None if generator is None else generator.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None,
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "python": random.getstate(),
-    }
-
-
-def _restore_random(
-    state: dict[str, Any], generator: torch.Generator | None, device: torch.device | None = None
-) -> None:
-    device = generator.device if generator is not None else device
-    if generator is not None:
-        generator.set_state(state["generator"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    random.setstate(state["python"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from jaxtyping import Float
@@ -13,13 +14,16 @@ from lathe.core.gaussian.quadrature import _line_nodes, gaussian_nodes
 
 __all__ = ["hermite_coefficients", "kernel_moments", "pair_moments"]
 
-#: Rows and columns of the blocks in which a large kernel is worked through: a block stays in a core's cache.
-_TILE = 256
+#: Rows and columns of the blocks in which a large kernel is worked through: a block stays in a core's cache, and is
+#: small enough that torch does not spread one operation over threads (the blocks are spread instead).
+_TILE = 168
 #: Pairs that the quadrature of an activation with kinks and without closed form takes at a time.
 _PAIRS = 64
-#: Part of <s^2> and of K <s'^2> that a cut Hermite series may leave out.
-_TAIL = 1e-13
-_MOST_TERMS = 160
+#: Parts of <s^2> and of K <s'^2> that a cut Hermite series may leave out, at worst (at rho = 1).
+_TAILS = (1e-12, 1e-10)
+_MOST_TERMS = 512
+#: How far out, in standard deviations, an activation's own values matter.
+_REACH = 9.0
 
 
 def hermite_coefficients(act: Activation, K: Float[Tensor, "*batch"], count: int) -> Float[Tensor, "*batch count"]:
@@ -36,8 +40,8 @@ def pair_moments(
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
     """`<s_a s_b>` and `<s'_a s'_b>` for jointly Gaussian pairs; the three arguments broadcast; differentiable.
 
-    In closed form where the activation has one, else by a Hermite series cut where what it leaves out is below 1e-13
-    (the remainder is known exactly, as the series at `rho = 1` is a one-dimensional integral), else by quadrature
+    In closed form where the activation has one, else by a Hermite series cut where what it leaves out is below 1e-12
+    of `<s^2>` and 1e-10 of `K <s'^2>` (the remainder is known exactly, as the series at `rho = 1` is a one-dimensional integral), else by quadrature
     that follows the kinks.
     """
     if act.pair is not None:
@@ -65,15 +69,23 @@ def kernel_moments(
         kernel, slopes = _tile(act, series, variance, K, slice(0, n), slice(0, n))
         return kernel, slopes
     kernel, slopes = torch.empty_like(K), torch.empty_like(K) if slope else None
-    for i in range(0, n, _TILE):
-        for j in range(i, n, _TILE):
-            rows, columns = slice(i, min(i + _TILE, n)), slice(j, min(j + _TILE, n))
-            for whole, part in zip((kernel, slopes), _tile(act, series, variance, K, rows, columns, slope)):
-                if whole is None or part is None:
-                    continue
-                whole[rows, columns] = part
-                if i != j:
-                    whole[columns, rows] = part.mT
+
+    def fill(corner: tuple[int, int]) -> None:
+        rows, columns = (slice(i, min(i + _TILE, n)) for i in corner)
+        for whole, part in zip((kernel, slopes), _tile(act, series, variance, K, rows, columns, slope)):
+            if whole is None or part is None:
+                continue
+            whole[rows, columns] = part
+            if rows != columns:
+                whole[columns, rows] = part.mT
+
+    corners = [(i, j) for i in range(0, n, _TILE) for j in range(i, n, _TILE)]
+    if K.is_cuda or torch.get_num_threads() == 1:
+        for corner in corners:
+            fill(corner)
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(fill, corners))
     return kernel, slopes
 
 
@@ -105,12 +117,13 @@ class _Series:
     def of(cls, act: Activation, K: Tensor) -> _Series | None:
         """The series for variances `K`, or None where it converges too slowly to be of use."""
         root = K.sqrt().unsqueeze(-1)
-        step = _step(act, K.detach())
-        if step is None:
+        spacing = _step(act, K.detach())
+        if spacing is None:
             return None
         top = K.detach().max()
         count = 24
         while True:
+            step = min(spacing, 2 * math.pi / (2 * math.sqrt(count) + 12))  # no aliasing with the last polynomial
             u, w = _trapezoid(_reach(count), step, K)
             polynomials = w.unsqueeze(-1) * _hermite_functions(u, count)
             # The widest variable converges last: count its terms before the whole batch is transformed.
@@ -120,7 +133,8 @@ class _Series:
             k = torch.arange(count, dtype=K.dtype, device=K.device)
             goal = torch.stack([(value * value * w).sum(), top * (slope * slope * w).sum()])
             left_out = goal.unsqueeze(-1) - torch.stack([(c * c), k * c * c]).cumsum(-1)
-            enough = (left_out <= _TAIL * goal.unsqueeze(-1).clamp_min(1e-300)).all(0).nonzero()
+            tails = goal.new_tensor(_TAILS) * goal
+            enough = (left_out <= tails.unsqueeze(-1).clamp_min(1e-300)).all(0).nonzero()
             if len(enough):
                 count = int(enough[0, 0]) + 1
                 break
@@ -175,7 +189,7 @@ def _step(act: Activation, K: Tensor) -> float | None:
     root = K.max().sqrt()
     step = 0.2
     while step > 0.004:
-        u, w = _trapezoid(_REACH_OF_VALUES, step, K)
+        u, w = _trapezoid(_REACH, step, K)
         term = act(u * root) ** 2 * w
         # Every second node is the rule of twice the spacing; its error is about the root of the finer rule's.
         fine, coarse = term.sum(), 2 * term[1::2].sum()
@@ -185,11 +199,8 @@ def _step(act: Activation, K: Tensor) -> float | None:
     return None
 
 
-_REACH_OF_VALUES = 9.0
-
-
 def _reach(count: int) -> float:
-    return max(_REACH_OF_VALUES, 7.0 + 2 * math.sqrt(count) * 0.5)
+    return max(_REACH, 7.0 + math.sqrt(count))
 
 
 def _trapezoid(reach: float, step: float, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def batch_evonorm(
 
 
 # Elements of a backward tile for each thread: calls cost little beside the work, and what a tile needs stays in cache.
-_TILE = 2**22
+_TILE = 2**17
 
 
 def _tiles(x: Tensor) -> list[slice]:
@@ -90,6 +90,11 @@ def _wide(x: Tensor) -> Tensor:
 def _column(per_channel: Tensor, like: Tensor) -> Tensor:
     """A channel vector as C 1, in the type of `like`."""
     return per_channel.to(like.dtype).unsqueeze(-1)
+
+
+def _reuse(y: Tensor) -> Tensor | None:
+    """y as the place for a result; nowhere under compilation and export, which plan memory themselves."""
+    return None if torch.compiler.is_compiling() else y
 
 
 def _row_means(x: Tensor) -> Tensor:
@@ -128,9 +133,9 @@ class _SampleEvoNorm(torch.autograd.Function):
         if not gated:
             y.copy_(x)
         elif v is None:
-            torch.sigmoid(x, out=y).mul_(x)
+            y = torch.sigmoid(x, out=_reuse(y)).mul_(x)
         else:
-            torch.mul(x, _column(v, x), out=y).sigmoid_().mul_(x)
+            y = torch.mul(x, _column(v, x), out=_reuse(y)).sigmoid_().mul_(x)
         y.mul_(_column(weight, x) / _over_channels(s, channels)).add_(_column(bias, x))
         ctx.save_for_backward(given, weight, v, mean, s)
         ctx.gated = gated
@@ -156,13 +161,13 @@ class _SampleEvoNorm(torch.autograd.Function):
             if ctx.gated:
                 scratch.sub_(gate.mul_(scratch))
                 if slope is not None:
-                    v_rows.append(torch.mul(scratch, x, out=gate).sum(2, keepdim=True))
+                    v_rows.append(torch.mul(scratch, x, out=_reuse(gate)).sum(2, keepdim=True))
                     scratch.mul_(slope)
                 through_u.add_(scratch)
             # ds/dx = (x - mean) / (group_size s), without the mean where s is a root mean square.
             u_groups = (u_rows[-1] * gamma).unflatten(1, (s.shape[1], -1)).sum(2)
             through_s = u_groups / (s[tile] ** 3 * group_size)
-            through_u.mul_(gamma / s_rows).sub_(torch.mul(x, _over_channels(through_s, channels), out=scratch))
+            through_u.mul_(gamma / s_rows).sub_(torch.mul(x, _over_channels(through_s, channels), out=_reuse(scratch)))
             if mean is not None:
                 through_u.add_(_over_channels(through_s * mean[tile], channels))
             dx[tile] = through_u
@@ -228,7 +233,7 @@ class _BatchEvoNorm(torch.autograd.Function):
         floor = (batch_var + eps).sqrt()
         slope, offset = _line(form, v, instance)
         y.copy_(x).mul_(slope).add_(offset)
-        torch.div(x, torch.maximum(y, floor, out=y), out=y)
+        y = torch.div(x, torch.maximum(y, floor, out=_reuse(y)), out=_reuse(y))
         y.mul_(_column(weight, x)).add_(_column(bias, x))
         ctx.save_for_backward(given, weight, v, mean if form == "B0" else None, instance, batch_mean, floor, count)
         ctx.form, ctx.sync = form, sync
@@ -256,7 +261,7 @@ class _BatchEvoNorm(torch.autograd.Function):
             quotient_rows = h.sum(2, keepdim=True)
             h.div_(m)
             line = excess.sign_().mul_(h)
-            line_rows, line_x_rows = line.sum(2, keepdim=True), torch.mul(line, x, out=m).sum(2, keepdim=True)
+            line_rows, line_x_rows = line.sum(2, keepdim=True), torch.mul(line, x, out=_reuse(m)).sum(2, keepdim=True)
             pieces.append((grad.sum(2, keepdim=True), quotient_rows, h.sum(2, keepdim=True), line_rows, line_x_rows))
             dx[tile] = through_x.sub_(line.mul_(tile_slope)).mul_(gamma)
         grad_rows, quotient_rows, h_rows, line_rows, line_x_rows = (torch.cat(rows) for rows in zip(*pieces))

@@ -15,7 +15,7 @@ channel, g over space and the channels of a group of one sample. None of them su
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from lathe.nn.evonorm.kernels import BatchForm, batch_evonorm, sample_evonorm
 
 __all__ = ["EvoNormB0", "EvoNormB1", "EvoNormB2", "EvoNormS0", "EvoNormS1", "EvoNormS2"]
+
+Layer = TypeVar("Layer", bound="_EvoNorm")
 
 
 class _EvoNorm(nn.Module):
@@ -70,7 +72,7 @@ class _EvoNorm(nn.Module):
                 self.v.fill_(1.0)
 
     @classmethod
-    def like(cls, norm: nn.Module, *, keep_eps: bool = False, **options: Any) -> Self:
+    def like(cls: type[Layer], norm: nn.Module, *, keep_eps: bool = False, **options: Any) -> Layer:
         """A fresh layer that fits where `norm` stood: same number of channels, device and dtype.
 
         Args:
@@ -90,14 +92,14 @@ class _EvoNorm(nn.Module):
 
     @classmethod
     def from_trained(
-        cls,
+        cls: type[Layer],
         norm: nn.Module,
         activation: nn.Module | None = None,
         *,
         inputs: Float[Tensor, "batch channels *spatial"] | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
-    ) -> Self:
+    ) -> Layer:
         """As `like`, starting near the trained pair: least squares of each channel's output on this layer's.
 
         Weight and bias are the regression's; v, where the layer has one, is the best of a logarithmic grid. The layers

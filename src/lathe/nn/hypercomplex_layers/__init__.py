@@ -7,6 +7,14 @@ arXiv 2110.04176 (section III: the PHC layer; section IV: the networks).
 """
 
 from lathe.nn.hypercomplex_layers.algebras import algebra_span_angles, algebra_tensor
+from lathe.nn.hypercomplex_layers.conversion import (
+    TermPlan,
+    algebra_report,
+    choose_terms,
+    param_groups,
+    ph_expand,
+    ph_fold,
+)
 from lathe.nn.hypercomplex_layers.kronecker import (
     KroneckerFit,
     kronecker_singular_values,
@@ -23,6 +31,7 @@ from lathe.nn.hypercomplex_layers.layers import (
     PHConvTranspose3d,
     PHLinear,
 )
+from lathe.nn.hypercomplex_layers.networks import PHResNet, PHSEDNet, ph_resnet, ph_sednet, ph_vgg, to_hypercomplex
 
 __all__ = [
     "HypercomplexLayer",
@@ -34,9 +43,21 @@ __all__ = [
     "PHConvTranspose2d",
     "PHConvTranspose3d",
     "PHLinear",
+    "PHResNet",
+    "PHSEDNet",
+    "TermPlan",
+    "algebra_report",
     "algebra_span_angles",
     "algebra_tensor",
+    "choose_terms",
     "kronecker_singular_values",
     "kronecker_sum",
     "nearest_kronecker_sum",
+    "param_groups",
+    "ph_expand",
+    "ph_fold",
+    "ph_resnet",
+    "ph_sednet",
+    "ph_vgg",
+    "to_hypercomplex",
 ]

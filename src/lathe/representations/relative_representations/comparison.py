@@ -74,9 +74,9 @@ def retrieval_scores(
         beyond = (true <= near.amin(1, keepdim=True))[:, 0].nonzero()[:, 0]
         rank[beyond] = _middle_rank(to_found[beyond], true[beyond])
         score = 1 / rank
-        reciprocal += float((score * (rank <= k) if truncate else score).sum(dtype=torch.float64))
-        shared = (found[:, :, None] == neighbours[:, None, :]).sum((1, 2))
-        overlap += float((shared / (2 * k - shared)).sum(dtype=torch.float64))
+        reciprocal += float((score * (rank <= k) if truncate else score).sum())
+        shared = (found[:, :, None] == neighbours[:, None, :]).sum((1, 2)).double()
+        overlap += float((shared / (2 * k - shared)).sum())
     cosine = float((queries * targets).sum(1).mean(dtype=torch.float64))
     return {"jaccard": overlap / items, "mrr": reciprocal / items, "cosine": cosine}
 
@@ -105,7 +105,7 @@ def largest(
 
 def _middle_rank(values: Tensor, true: Tensor) -> Tensor:
     """Rank of `true` among each row's values, which hold it; ties count half."""
-    return (values > true).sum(1) + ((values == true).sum(1) + 1) / 2
+    return (values > true).sum(1).double() + ((values == true).sum(1).double() + 1) / 2
 
 
 def latent_similarity(

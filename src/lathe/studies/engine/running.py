@@ -7,6 +7,7 @@ killed at any moment has lost no finished claim and can be resumed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import queue
@@ -246,7 +247,7 @@ def _on_ray(
     }
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     try:
-        ray.init(address, runtime_env={"env_vars": environment}, log_to_driver=False, logging_level="ERROR")
+        ray.init(address, runtime_env={"env_vars": environment}, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterUnreachable(f"no Ray cluster answers at {address}: {' '.join(str(error).split())}") from None
     # A study on a GPU holds it, and trains its seeds one after the other there.

@@ -421,15 +421,14 @@ def data_list(as_json: AsJson = False) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("name", "summary", "size", "licence", "here"):
-        table.add_column(column, no_wrap=column in ("name", "size"), overflow="fold")
+    for column in ("name", "here", "size", "summary", "licence"):
+        table.add_column(column, no_wrap=column in ("name", "size"))
     for entry in listing:
-        table.add_row(
-            *(
-                str(entry[key]) if entry[key] is not None else "[dim]–[/]"
-                for key in ("name", "summary", "size", "licence", "where")
-            )
-        )
+        here = "[green]yes[/]" if entry["where"] else "[dim]no[/]"
+        if entry["where"] and entry["missing"]:
+            here = f"[yellow]without {', '.join(entry['missing'])}[/]"
+        size = f"{entry['size'] / 1e6:.1f} MB" if entry["size"] else "bundled"
+        table.add_row(entry["name"], here, size, entry["summary"], entry["licence"])
     Console(highlight=False).print(table)
 
 
@@ -445,11 +444,10 @@ def data_get(names: Annotated[list[str], typer.Argument(help="Data sets, as `lat
         for name in names:
             tasks: dict[str, Any] = {}
 
-            def progress(what: str, done: int, total: int, tasks: dict[str, Any] = tasks) -> None:
-                task = tasks.setdefault(what, None)
-                if task is None:
-                    task = tasks[what] = bars.add_task(what, total=total or None)
-                bars.update(task, completed=done)
+            def progress(file: str, done: int, total: int | None, tasks: dict[str, Any] = tasks) -> None:
+                if file not in tasks:
+                    tasks[file] = bars.add_task(file, total=total)
+                bars.update(tasks[file], completed=done)
 
             try:
                 print(data.get(name, progress=progress))

@@ -17,14 +17,14 @@ def alignment_by_hsic(x, y):
     """Three traces with the centring matrix."""
     n = len(x)
     centre = np.eye(n) - np.ones((n, n)) / n
-    k, l = (centre @ (z @ z.T) @ centre for z in (x.numpy(), y.numpy()))  # noqa: E741
+    k, l = (centre @ (z @ z.T) @ centre for z in (x.numpy(), y.numpy()))
     return np.trace(k @ l) / np.sqrt(np.trace(k @ k) * np.trace(l @ l))
 
 
 def unbiased_hsic(x, y):
     """HSIC_1 of Song et al. 2012, equation 5, up to its constant factor."""
     n = len(x)
-    k, l = ((z @ z.T).numpy().copy() for z in (x, y))  # noqa: E741
+    k, l = ((z @ z.T).numpy().copy() for z in (x, y))
     np.fill_diagonal(k, 0)
     np.fill_diagonal(l, 0)
     one = np.ones(n)

@@ -1,4 +1,4 @@
-"""Solvers against closed forms, manufactured solutions and orders of convergence; random fields against their spectra."""
+"""Solvers against closed forms, manufactured solutions and orders of convergence; random fields against spectra."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def order(errors):
 
 
 def test_periodic_field_has_the_stated_spectrum(rng):
-    """Mean energy per mode of many samples against tau^(2 alpha - d) (k^2 + tau^2)^-alpha; the std of the known forcing."""
+    """Mean energy per mode against tau^(2 alpha - d) (k^2 + tau^2)^-alpha; the std of the known forcing."""
     f = gaussian_random_field(2000, (16, 16), alpha=4.0, tau=3.0, length=2 * math.pi, generator=rng, **DOUBLE)
     energy = (np.abs(np.fft.fft2(f.numpy()) / 256) ** 2).mean(0)
     k = np.fft.fftfreq(16, 1 / 16)
@@ -59,7 +59,9 @@ def test_neumann_field_has_flat_ends_and_the_stated_variance(d, rng):
 
 
 def test_fields_follow_their_generator():
-    make = lambda seed: two_phase_coefficient(2, 8, generator=torch.Generator().manual_seed(seed))
+    def make(seed):
+        return two_phase_coefficient(2, 8, generator=torch.Generator().manual_seed(seed))
+
     assert torch.equal(make(3), make(3)) and not torch.equal(make(3), make(4))
     assert set(make(3).unique().tolist()) == {3.0, 12.0}
 
@@ -91,20 +93,22 @@ def test_constant_darcy_is_the_sine_series():
         for p in range(1, 120, 2):
             for q in range(1, 120, 2):
                 series += (
-                    16 / (math.pi**4 * p * q * (p * p + q * q)) * torch.sin(p * math.pi * x)[:, None] * torch.sin(q * math.pi * x)
+                    16
+                    / (math.pi**4 * p * q * (p * p + q * q))
+                    * torch.sin(p * math.pi * x)[:, None]
+                    * torch.sin(q * math.pi * x)
                 )
         errors.append(float((darcy_2d(torch.full((1, n, n), 3.0, **DOUBLE))[0] - series / 3).abs().max()))
     assert order(errors) > 1.7
 
 
 def test_layered_darcy_is_the_one_dimensional_closed_form():
-    """a jumps from 1 to 5 at x = 1/2 and f depends on x only through a thin strip far from the other walls' influence:
-    with sine data across, -(a u')' + a (pi)^2 u = f(x) has a closed form on each side."""
+    """a jumps from 1 to 5 at x = 1/2; for f = sin(pi y), u = g(x) sin(pi y) with -(a g')' + a pi^2 g = 1."""
     errors = []
     for n in (16, 32, 64):
         x, y = centres(n)[:, None], centres(n)
         a = torch.where(x < 0.5, 1.0, 5.0).expand(n, n).to(torch.float64)
-        # u = g(x) sin(pi y) with g = A sinh(pi x) left, B sinh(pi (1 - x)) right of the jump, plus the particular g = s:
+        # u = g(x) sin(pi y); g is A sinh(pi x) left and B sinh(pi (1 - x)) right of the jump, plus a particular g:
         # on each side a (g'' - pi^2 g) = -1 has the particular solution 1 / (a pi^2).
         left, right = 1 / math.pi**2, 1 / (5 * math.pi**2)
         c, s = math.cosh(math.pi / 2), math.sinh(math.pi / 2)
@@ -138,7 +142,7 @@ def test_smooth_darcy_is_second_order():
 
 
 def test_rectangular_darcy_balances_fluxes(rng):
-    """On 6 x 9 cells: total source = flux through the boundary, and a transposed problem has the transposed solution."""
+    """On 6 x 9 cells: total source = flux through the boundary; a transposed problem has the transposed solution."""
     a = 1 + torch.rand(2, 6, 9, generator=rng, **DOUBLE)
     u = darcy_2d(a)
     flux = 2 * (6 / 9 * (a * u)[:, [0, -1]].sum((1, 2)) + 9 / 6 * (a * u)[:, :, [0, -1]].sum((1, 2)))
@@ -167,7 +171,9 @@ def test_poisson_inverts_the_differences(grid, boundary, rng):
         width = [(1, 1) if i == axis else (0, 0) for i in range(u.ndim)]
         padded = np.pad(u, width, mode="constant" if boundary == "dirichlet" else "wrap")
         negative -= np.diff(padded, 2, axis=axis) * (n + 1 if boundary == "dirichlet" else n) ** 2
-    expected = f.numpy() - (0 if boundary == "dirichlet" else f.flatten(1).mean(1).numpy().reshape(-1, *(1,) * len(grid)))
+    expected = f.numpy() - (
+        0 if boundary == "dirichlet" else f.flatten(1).mean(1).numpy().reshape(-1, *(1,) * len(grid))
+    )
     np.testing.assert_allclose(negative, expected, atol=1e-10)
 
 
@@ -224,7 +230,10 @@ def test_flow_follows_the_vorticity_equation_in_the_first_instant(rng):
     f = torch.cos(x) * torch.ones_like(y)
     psi = torch.sin(x) * torch.cos(2 * y) / 5 + 0.05 * torch.cos(3 * x + y)
     k = np.fft.fftfreq(24, 1 / 24)
-    derivative = lambda z, axis: np.fft.ifft(1j * (k[:, None] if axis == 0 else k) * np.fft.fft(z.numpy(), axis=axis), axis=axis).real
+
+    def derivative(z, axis):
+        return np.fft.ifft(1j * (k[:, None] if axis == 0 else k) * np.fft.fft(z.numpy(), axis=axis), axis=axis).real
+
     u, v = derivative(psi, 1), -derivative(psi, 0)
     laplacian = -5 * torch.sin(x) * torch.cos(2 * y) - 5 * torch.cos(3 * x + y)
     slope = -u * derivative(w0, 0) - v * derivative(w0, 1) + 0.02 * laplacian.numpy() + f.numpy()
@@ -238,7 +247,10 @@ def test_schemes_converge_at_their_order(scheme, expected):
     x, y = torus(16)
     w0 = (torch.sin(x) * torch.cos(2 * y) + torch.cos(x + y))[None]
     f = torch.sin(x + y)[None]
-    solve = lambda dt: navier_stokes_2d(w0, f, viscosity=0.02, time=0.8, dt=dt, length=2 * math.pi, scheme=scheme)
+
+    def solve(dt):
+        return navier_stokes_2d(w0, f, viscosity=0.02, time=0.8, dt=dt, length=2 * math.pi, scheme=scheme)
+
     reference = navier_stokes_2d(w0, f, viscosity=0.02, time=0.8, dt=0.005, length=2 * math.pi)
     errors = [float((solve(dt) - reference).abs().max()) for dt in (0.2, 0.1, 0.05)]
     assert abs(order(errors) - expected) < 0.35
@@ -251,7 +263,10 @@ def test_inviscid_flow_keeps_energy_and_enstrophy():
     k = np.fft.fftfreq(24, 1 / 24)
     square = k[:, None] ** 2 + k**2
     square[0, 0] = np.inf
-    energy = lambda z: (np.abs(np.fft.fft2(z.squeeze().numpy())) ** 2 / square).sum()
+
+    def energy(z):
+        return (np.abs(np.fft.fft2(z.squeeze().numpy())) ** 2 / square).sum()
+
     assert float(w.square().sum() / w0.square().sum()) == pytest.approx(1, abs=1e-6)
     assert energy(w) / energy(w0) == pytest.approx(1, abs=1e-6)
 
@@ -259,6 +274,8 @@ def test_inviscid_flow_keeps_energy_and_enstrophy():
 def test_steps_that_are_too_long_name_the_time():
     x, y = torus(16)
     with pytest.raises(FloatingPointError, match=r"at time 0: dt \* max\|u\| \* k_max = .*smaller dt"):
-        navier_stokes_2d((50 * torch.sin(3 * x) * torch.cos(y))[None], viscosity=1e-3, time=1.0, dt=0.5, length=2 * math.pi)
+        navier_stokes_2d(
+            (50 * torch.sin(3 * x) * torch.cos(y))[None], viscosity=1e-3, time=1.0, dt=0.5, length=2 * math.pi
+        )
     with pytest.raises(ValueError, match="dt"):
         navier_stokes_2d(torch.zeros(1, 8, 8), viscosity=1e-3, time=1.0, dt=0.0)

@@ -1,4 +1,4 @@
-"""Kronecker sums by torch.kron and Van Loan's rearrangement; algebras by Cayley-Dickson doubling and known identities."""
+"""Kronecker sums by torch.kron and Van Loan's rearrangement; algebras by Cayley-Dickson doubling and identities."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_gradients_of_the_factors_are_contractions_with_the_blocks_of_the_weight
     kronecker_sum(A, F).backward(G)
     for i, a, b in itertools.product(range(n), repeat=3):
         block = G[a * p : (a + 1) * p, b * q : (b + 1) * q]
-        assert A.grad[i, a, b] == pytest.approx(float((block * F[i]).sum()), abs=1e-12)
+        assert A.grad[i, a, b] == pytest.approx(float((block * F[i]).sum().detach()), abs=1e-12)
     for i in range(n):
         blocks = (
             A[i, a, b] * G[a * p : (a + 1) * p, b * q : (b + 1) * q]
@@ -252,5 +252,5 @@ def test_what_does_not_fit_is_refused_with_its_numbers(rng):
         algebra_tensor("sedenion")
     with pytest.raises((ValueError, TypeError), match="terms"):
         kronecker_sum(torch.randn(2, 2, 2), torch.randn(3, 2, 2))
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises((ValueError, TypeError), match=r"one size|n=2"):
         algebra_span_angles(torch.randn(2, 2, 2), torch.randn(2, 3, 3))

@@ -64,15 +64,22 @@ def test_inverse_square_weight_solves_poisson(rng):
     layer.set_complex_weight(weight.to(torch.complex128)[None, None])
     x = torch.arange(24, dtype=torch.float64) / 24
     u = torch.sin(2 * math.pi * 3 * x)[:, None] * torch.cos(2 * math.pi * 2 * x) + torch.sin(2 * math.pi * 5 * x)
-    f = 4 * math.pi**2 * (13 * torch.sin(2 * math.pi * 3 * x)[:, None] * torch.cos(2 * math.pi * 2 * x) + 25 * torch.sin(2 * math.pi * 5 * x))
+    f = (
+        4
+        * math.pi**2
+        * (
+            13 * torch.sin(2 * math.pi * 3 * x)[:, None] * torch.cos(2 * math.pi * 2 * x)
+            + 25 * torch.sin(2 * math.pi * 5 * x)
+        )
+    )
     torch.testing.assert_close(layer(f[None, None])[0, 0], u, rtol=0, atol=1e-12)
 
 
 def test_band_limited_fields_give_the_same_on_every_grid(rng):
     layer = SpectralConv(1, 2, (6, 6), dtype=torch.float64)
     coarse, fine = (
-        torch.sin(2 * math.pi * 2 * torch.arange(n, dtype=torch.float64) / n)[:, None] * torch.cos(2 * math.pi * torch.arange(n) / n)
-        for n in (16, 48)
+        torch.sin(2 * x)[:, None] * torch.cos(x)
+        for x in (torch.arange(n, dtype=torch.float64) * (2 * math.pi / n) for n in (16, 48))
     )
     torch.testing.assert_close(layer(fine[None, None])[..., ::3, ::3], layer(coarse[None, None]), rtol=0, atol=1e-10)
     torch.testing.assert_close(layer(coarse[None, None], (48, 48)), layer(fine[None, None]), rtol=0, atol=1e-10)
@@ -83,7 +90,9 @@ def test_layer_and_network_commute_with_translations(rng):
     net = FNO((6, 8), 2, 1, 4, coordinates=False, dtype=torch.float64)
     x = waves(1, 2, 12, 17, rng=rng)
     for function in (layer, net):
-        torch.testing.assert_close(function(x.roll((3, -5), (2, 3))), function(x).roll((3, -5), (2, 3)), rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            function(x.roll((3, -5), (2, 3))), function(x).roll((3, -5), (2, 3)), rtol=0, atol=1e-10
+        )
 
 
 def test_weights_start_with_the_stated_variance():

@@ -1,4 +1,4 @@
-"""The layer and the network against dense matrices, identities of linear maps, locality, and counts of the public code."""
+"""The layer and the network against dense matrices, identities of linear maps, locality, the public code's sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lathe.operators.multigrid_operator import REFERENCE, MgNO, MultigridConv1d, MultigridConv2d, MultigridConv3d, rollout
+from lathe.operators.multigrid_operator import (
+    REFERENCE,
+    MgNO,
+    MultigridConv1d,
+    MultigridConv2d,
+    MultigridConv3d,
+    rollout,
+)
 
 CYCLES = {1: MultigridConv1d, 2: MultigridConv2d, 3: MultigridConv3d}
 DOUBLE = {"dtype": torch.float64}
@@ -26,13 +33,21 @@ def randn(*shape, rng, dtype=torch.float64):
 def matrix(function, shape):
     """The dense matrix of a linear map, column by column."""
     size = math.prod(shape)
-    return np.stack([function(torch.eye(size, dtype=torch.float64)[i].view(1, *shape)).flatten().detach().numpy() for i in range(size)], 1)
+    return np.stack(
+        [
+            function(torch.eye(size, dtype=torch.float64)[i].view(1, *shape)).flatten().detach().numpy()
+            for i in range(size)
+        ],
+        1,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- linearity
 
 
-@pytest.mark.parametrize("options", [{}, REFERENCE, {"transfer": "zero", "post": 1, "cycle": "w"}, {"widen": 1, "share_operator": True}])
+@pytest.mark.parametrize(
+    "options", [{}, REFERENCE, {"transfer": "zero", "post": 1, "cycle": "w"}, {"widen": 1, "share_operator": True}]
+)
 def test_cycle_is_linear(options, rng):
     layer = MultigridConv2d(2, 3, 4, **options, **DOUBLE)
     f, g = randn(2, 2, 17, 12, rng=rng), randn(2, 2, 17, 12, rng=rng)
@@ -44,7 +59,10 @@ def test_cycle_with_biases_is_affine(rng):
     f, g = randn(1, 2, 9, 9, rng=rng), randn(1, 2, 9, 9, rng=rng)
     start = layer(torch.zeros_like(f))
     assert start.abs().max() > 1e-3
-    linear = lambda x: layer(x) - start
+
+    def linear(x):
+        return layer(x) - start
+
     torch.testing.assert_close(linear(f + 3 * g), linear(f) + 3 * linear(g), rtol=0, atol=1e-10)
 
 
@@ -66,7 +84,9 @@ def test_single_level_is_the_product_formula(rng):
 @pytest.mark.parametrize("residual, transfer, cycle", itertools.product([True, False], ["pi", "zero"], ["v", "w"]))
 def test_cycle_is_the_recursion_in_matrices(residual, transfer, cycle, rng):
     """Two steps before and one after, three levels, on 9 x 7: products of dense matrices, written from the paper."""
-    layer = MultigridConv2d(2, 3, steps=[(2, 1), (1, 1), (2, 0)], residual=residual, transfer=transfer, cycle=cycle, **DOUBLE)
+    layer = MultigridConv2d(
+        2, 3, steps=[(2, 1), (1, 1), (2, 0)], residual=residual, transfer=transfer, cycle=cycle, **DOUBLE
+    )
     grids = [(9, 7), (5, 4), (3, 2)]
 
     def conv(kernel, l, channels, stride=1):
@@ -150,7 +170,10 @@ def test_recomputing_changes_memory_and_nothing_else(rng):
     results = []
     for layer in (plain, lean):
         kept = {}
-        pack = lambda x, kept=kept: kept.setdefault(x.untyped_storage().data_ptr(), x)
+
+        def pack(x, kept=kept):
+            return kept.setdefault(x.untyped_storage().data_ptr(), x)
+
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             x = f.clone().requires_grad_()
             y = layer(x)
@@ -218,7 +241,11 @@ def test_any_grid_keeps_its_size(grid, padding_mode, dtype, residual, kernel_siz
         1, 2, 3, post=1, padding_mode=padding_mode, residual=residual, kernel_size=kernel_size, dtype=dtype
     )
     u = layer(torch.ones(2, 1, *grid, dtype=dtype))
-    assert u.shape == (2, 2, *grid) and u.dtype == dtype and torch.isfinite(torch.view_as_real(u) if u.is_complex() else u).all()
+    assert (
+        u.shape == (2, 2, *grid)
+        and u.dtype == dtype
+        and torch.isfinite(torch.view_as_real(u) if u.is_complex() else u).all()
+    )
 
 
 @pytest.mark.parametrize("n, chain", [(211, [211, 106, 53, 27, 14, 7]), (32, [32, 16, 8, 4, 2, 1])])
@@ -242,7 +269,11 @@ def test_valid_transfers_give_the_helmholtz_chain():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    c_f=st.integers(1, 4), c_u=st.integers(1, 4), levels=st.integers(1, 5), pre=st.integers(1, 3), post=st.integers(0, 2),
+    c_f=st.integers(1, 4),
+    c_u=st.integers(1, 4),
+    levels=st.integers(1, 5),
+    pre=st.integers(1, 3),
+    post=st.integers(0, 2),
     residual=st.booleans(),
 )
 def test_parameters_are_the_papers_count(c_f, c_u, levels, pre, post, residual):
@@ -256,7 +287,10 @@ def test_parameters_are_the_papers_count(c_f, c_u, levels, pre, post, residual):
 
 def test_networks_have_the_public_codes_parameters():
     darcy = [(1, 0)] * 5 + [(2, 0)]
-    size = lambda net: sum(p.numel() for p in net.parameters())
+
+    def size(net):
+        return sum(p.numel() for p in net.parameters())
+
     assert size(MgNO(1, 1, 24, 4, steps=darcy, **REFERENCE)) == 572_661
     assert size(MgNO(1, 1, 24, 5, steps=darcy, **REFERENCE)) == 738_573
     flow = MgNO(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import reduce
 
 import numpy as np
@@ -123,7 +124,10 @@ def test_planted_cycle_is_in_line_with_pyamg():
     layer = MultigridConv2d.from_stencil(LAPLACIAN, h, 5).requires_grad_(False)
     ours = asymptotic_factor(layer, n)
     assert 0.2 < ours < 0.4 and ours < 10 * max(theirs, 0.05)
-    apply = lambda u: F.conv2d(u, LAPLACIAN[None, None], padding=1) / h**2
+
+    def apply(u):
+        return F.conv2d(u, LAPLACIAN[None, None], padding=1) / h**2
+
     solved = flexible_cg(apply, torch.from_numpy(f).view(1, 1, n, n), layer, tol=1e-12)
     np.testing.assert_allclose(solved.solution.flatten(), exact, atol=1e-10 * np.abs(exact).max())
 
@@ -182,7 +186,10 @@ def test_plain_flexible_cg_ends_like_conjugate_gradients(rng):
 
 def test_cycle_preconditions_better_than_nothing():
     n = 31
-    apply = lambda u: F.conv2d(u, LAPLACIAN[None, None], padding=1) * (n + 1) ** 2
+
+    def apply(u):
+        return F.conv2d(u, LAPLACIAN[None, None], padding=1) * (n + 1) ** 2
+
     b = torch.ones(1, 1, n, n, dtype=torch.float64)
     cycle = MultigridConv2d.from_stencil(LAPLACIAN, 1 / (n + 1), 5)
     assert flexible_cg(apply, b, cycle).iterations < 12 < 25 < flexible_cg(apply, b).iterations
@@ -193,7 +200,10 @@ def test_any_preconditioner_lowers_the_energy_norm(rng):
     n = 15
     h = 1 / (n + 1)
     A = torch.from_numpy(dense_laplacian(2, n, h))
-    apply = lambda u: (u.flatten(1) @ A).view_as(u)
+
+    def apply(u):
+        return (u.flatten(1) @ A).view_as(u)
+
     b = torch.randn(1, 1, n, n, dtype=torch.float64, generator=rng)
     exact = torch.linalg.solve(A, b.flatten())
     bad = MultigridConv2d(1, 1, 4, dtype=torch.float64)
@@ -201,7 +211,7 @@ def test_any_preconditioner_lowers_the_energy_norm(rng):
     for k in range(12):
         error = flexible_cg(apply, b, bad, tol=0.0, max_iterations=k).solution.flatten() - exact
         energies.append(float(error @ A @ error))
-    assert all(after < before for before, after in zip(energies, energies[1:]))
+    assert all(after < before for before, after in itertools.pairwise(energies))
     assert flexible_cg(apply, b, bad, tol=1e-8, max_iterations=500).converged.all()
 
 

@@ -71,7 +71,9 @@ def test_whitened_cosine_is_that_of_mahalanobis(rng):
     z, a = gaussian(rng, 20, 5) @ gaussian(rng, 5, 5), gaussian(rng, 30, 5)
     inverse = np.linalg.inv(np.cov(a.numpy().T))
     x, y = (z - a.mean(0)).numpy(), (a - a.mean(0)).numpy()
-    lengths = np.sqrt(np.einsum("id,de,ie->i", x, inverse, x))[:, None] * np.sqrt(np.einsum("id,de,ie->i", y, inverse, y))
+    lengths = np.sqrt(np.einsum("id,de,ie->i", x, inverse, x))[:, None] * np.sqrt(
+        np.einsum("id,de,ie->i", y, inverse, y)
+    )
     np.testing.assert_allclose(relative(z, a, whiten=True), x @ inverse @ y.T / lengths, atol=1e-10)
 
 
@@ -214,7 +216,7 @@ def test_anchors_that_do_not_fit_are_refused(x, anchors, message):
 
 
 def test_unknown_similarities_are_refused():
-    with pytest.raises(ValueError, match="cosine, inner, basis.*'dot'"):
+    with pytest.raises(ValueError, match=r"cosine, inner, basis.*'dot'"):
         relative(torch.ones(1, 2), torch.ones(1, 2), similarity="dot")
     with pytest.raises(ValueError, match="at least one measure"):
         relative(torch.ones(1, 2), torch.ones(1, 2), similarity=())
@@ -392,7 +394,7 @@ def test_encoder_follows_its_weights_in_evaluation(rng):
 
 
 def test_anchors_share_the_mode_of_the_encoder_in_training(rng):
-    net, anchors, x = batch_norm_net(), gaussian(rng, 5, 8).float(), gaussian(rng, 7, 8).float()
+    net, anchors = batch_norm_net(), gaussian(rng, 5, 8).float()
     encoder = RelativeEncoder(net, anchors).train()
     with torch.no_grad():
         by_batch = net(anchors)
@@ -448,7 +450,7 @@ def test_integer_anchors_index_a_data_set(rng):
     data, net = gaussian(rng, 20, 8).float(), nn.Linear(8, 6)
     encoder = RelativeEncoder(net, torch.tensor([4, 1]), dataset=data)
     torch.testing.assert_close(encoder(data), relative(net(data), net(data[[4, 1]])))
-    with pytest.raises(ValueError, match="index the 20 samples of dataset, got 1..20"):
+    with pytest.raises(ValueError, match=r"index the 20 samples of dataset, got 1\.\.20"):
         RelativeEncoder(net, torch.tensor([1, 20]), dataset=data)
 
 

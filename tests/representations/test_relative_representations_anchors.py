@@ -97,7 +97,9 @@ def test_most_frequent_samples_come_first():
     assert select_anchors(torch.ones(4, 2), 3, method="frequent").tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("n", "method", "message"), [(0, "uniform", "1 to the 4"), (5, "fps", "got 5"), (2, "best", "one of")])
+@pytest.mark.parametrize(
+    ("n", "method", "message"), [(0, "uniform", "1 to the 4"), (5, "fps", "got 5"), (2, "best", "one of")]
+)
 def test_impossible_choices_are_refused(n, method, message):
     with pytest.raises(ValueError, match=message):
         select_anchors(torch.ones(4, 2), n, method=method)

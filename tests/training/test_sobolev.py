@@ -39,12 +39,15 @@ def test_multiple_of_the_target_has_error_one_minus_c(options, grid, rng):
 @pytest.mark.parametrize("n", [16, 17])
 @pytest.mark.parametrize("k", [1, 5, 8])
 def test_single_mode_is_weighted_by_its_frequency(n, k):
-    """Target of frequency 2, error of frequency k: the ratio of norms is that of the weights (and of the amplitudes)."""
+    """Target of frequency 2, error of frequency k: the norms are to each other as the weights times amplitudes."""
     j = torch.arange(n, dtype=torch.float64) * 2 * math.pi / n
     target = torch.cos(2 * j)[None, None]
     error = torch.cos(k * j + 0.3)[None, None]
     for order, a in ((1, 1.0), (2, 0.5)):
-        w = lambda q, order=order, a=a: (1 + a**2 * q**2) ** (order / 2)
+
+        def w(q, order=order, a=a):
+            return (1 + a**2 * q**2) ** (order / 2)
+
         expected = w(k) / w(2) * float(error.norm() / target.norm())
         assert float(SobolevLoss(order, a)(target + error, target)) == pytest.approx(expected, rel=1e-12)
 
@@ -136,5 +139,6 @@ def test_wrong_arguments_are_refused():
         SobolevLoss(form="differences", boundary="one-sided")(u, u)
     with pytest.raises(ValueError, match="length for each"):
         SobolevLoss(form="differences", lengths=(1.0,))(u, u)
-    with pytest.raises(ValueError, match=r"shape \(1, 1, 3, 8\), got \(1, 1, 8\)"):
+    # Under the tests' shape checks the signature itself refuses; elsewhere the loss does.
+    with pytest.raises((ValueError, TypeError), match=r"1, ?1, ?3, ?8"):
         SobolevLoss()(u[:, :, 0], u)

@@ -37,7 +37,7 @@ def pack_bits(codes: Integer[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " by
     if codes.numel():
         low, high = int(codes.min()), int(codes.max())
         half, full = 1 << (bits - 1), 1 << bits
-        if not (0 <= low and high < full) and not (-half <= low and high < half):
+        if not (low >= 0 and high < full) and not (-half <= low and high < half):
             raise ValueError(f"codes must fit {bits} bits, got values from {low} to {high}")
     flat = codes.reshape(-1)
     per_group, bytes_per_group = _group(bits)
@@ -60,7 +60,7 @@ def pack_bits(codes: Integer[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " by
 
 def unpack_bits(
     packed: UInt8[Tensor, " bytes"], bits: int, shape: int | Sequence[int], *, signed: bool = False
-) -> Integer[Tensor, "..."]:
+) -> Integer[Tensor, "*shape"]:
     """The codes that `pack_bits` stored: uint8, or int8 where `signed`.
 
     Args:

@@ -1,7 +1,7 @@
 """Curvature of a loss: Hessian-vector products, traces of its blocks, and quadratic forms, never the Hessian itself.
 
-`Hessian` multiplies by the second derivative of a mean loss over batches with respect to chosen weights, at the price of
-about one more backward pass a product (Pearlmutter, "Fast exact multiplication by the Hessian", 1994).
+`Hessian` multiplies by the second derivative of a mean loss over batches with respect to chosen weights, at the price
+of about one more backward pass a product (Pearlmutter, "Fast exact multiplication by the Hessian", 1994).
 `hessian_trace` estimates the trace of every diagonal block at once from random signs (Hutchinson, 1990):
 `Tr H_ii = E[v_i . (H v)_i]`, because the cross terms `v_i . H_ij v_j` have mean zero.
 """
@@ -37,8 +37,8 @@ class Trace(NamedTuple):
 class Hessian:
     """The Hessian of a mean loss with respect to some of a network's parameters, as a linear operator.
 
-    The loss is `loss_fn(model(inputs), *targets)`, a mean over the batch's samples; batches are weighted by their number
-    of samples. The network runs in evaluation mode, and is left as it was, gradients included.
+    The loss is `loss_fn(model(inputs), *targets)`, a mean over the batch's samples; batches are weighted by their
+    number of samples. The network runs in evaluation mode, and is left as it was, gradients included.
 
     Args:
         model: any network that can be differentiated twice; attention runs on PyTorch's math backend meanwhile.
@@ -102,15 +102,14 @@ class Hessian:
             )
         total = [torch.zeros_like(vector) for vector in vectors]
         for weight, gradient in self._gradients():
-            linear = [index for index, each in enumerate(gradient) if each is not None and each.requires_grad]
-            if not linear:
+            curved = {index: each for index, each in enumerate(gradient) if each is not None and each.requires_grad}
+            if not curved:
                 continue  # the gradient does not depend on the parameters: the loss is linear in them
-            chosen = tuple(gradient[index] for index in linear)
             for probe in [slice(None)] if vectorize else range(vectors[0].shape[0]):
                 products = torch.autograd.grad(
-                    chosen,
+                    tuple(curved.values()),
                     parameters,
-                    grad_outputs=tuple(vectors[index][probe] for index in linear),
+                    grad_outputs=tuple(vectors[index][probe] for index in curved),
                     retain_graph=True,
                     allow_unused=True,
                     is_grads_batched=vectorize,

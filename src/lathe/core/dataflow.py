@@ -173,22 +173,22 @@ class DataFlow:
         members = [head]
         for element in pattern[1:]:
             here = members[-1]
-            subject = "it" if here == head else repr(self.names[here])
+            output = "its output" if here == head else f"the output of {self.names[here]!r}"
             if flow.calls[here] != 1:
-                return f"{subject} is called {flow.calls[here]} times"
+                return f"it is called {flow.calls[here]} times"
             if here in flow.read:
-                return f"the parameters of {subject} are read without calling it"
+                return "its parameters are read without calling it"
             consumers = flow.consumers.get(here, [])
             expected = " or ".join(kind.__name__ for kind in element)
             if len(consumers) != 1:
                 users = ", ".join(self._describe(consumer) for consumer in consumers) or "nothing"
-                return f"the output of {subject} goes to {users}; only one {expected} may take it"
+                return f"{output} goes to {users}; only one {expected} may take it"
             (consumer,) = consumers
             if consumer.module is None or type(self.modules[consumer.module]) not in element:
-                return f"the output of {subject} goes to {self._describe(consumer)}, not to {expected}"
+                return f"{output} goes to {self._describe(consumer)}, not to {expected}"
             follower = repr(self.names[consumer.module])
             if not consumer.alone:
-                return f"{follower}, which follows, takes more than the output of {subject}"
+                return f"{follower}, which follows, takes more than {output}"
             if flow.calls[consumer.module] != 1:
                 return f"{follower}, which follows, is called {flow.calls[consumer.module]} times"
             if consumer.module in flow.read:
@@ -308,12 +308,14 @@ def _flow_of_registration(module: nn.Module, kinds: frozenset[type]) -> Flow:
     for (key, child), following in zip(children, [*(child for _, child in children[1:]), None]):
         if key in source.named:
             takers = source.takers.get(key, [])
-            consumers = [Consumer(id(module._modules[t]), "") if t else Consumer(None, "elsewhere") for t in takers]
+            consumers = [
+                Consumer(id(module._modules[t]), "") if t else Consumer(None, "something else") for t in takers
+            ]
             flow.calls[id(child)] += source.calls[key]
             if key in source.read:
                 flow.read.add(id(child))
         else:
-            consumers = [Consumer(None, "elsewhere") if following is None else Consumer(id(following), "")]
+            consumers = [Consumer(None, "something else") if following is None else Consumer(id(following), "")]
             flow.calls[id(child)] += 1
         flow.consumers.setdefault(id(child), []).extend(consumers)
     return flow

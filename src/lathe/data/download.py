@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import lzma
 import os
 import shutil
 import socket
@@ -17,12 +18,13 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -32,6 +34,17 @@ __all__ = ["Checksum", "DownloadError", "checked_members", "download", "extract"
 Report = Callable[[int, int | None], None]
 
 _CHUNK = 1 << 16
+# What zipfile raises on broken bytes, from its own error to those of the decompressors and of seeks to nowhere.
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+)
 _HEADWAY = 1 << 16  # bytes by which an attempt must have moved on not to count as failed
 _SLOWEST = 512  # bytes per second; a connection that gives less over a whole `timeout` has stalled
 
@@ -157,6 +170,8 @@ def _fetch(
                 raise DownloadError(f"{url} cannot be reached: {reason}") from error
         except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
+        except ValueError as error:
+            raise DownloadError(f"{url} leads to what is no address: {error}") from error
         failed = 0 if _size(part) >= before + _HEADWAY else failed + 1
         if failed >= attempts:
             raise DownloadError(f"{url} cannot be had after {attempts} attempts: {reason}")
@@ -262,24 +277,40 @@ def extract(archive: Path, folder: Path, *, inside: str, limit: int = 4 << 30) -
     draft = folder.with_name(folder.name + f".unpacking-{os.getpid()}")
     base = inside if inside.endswith("/") else inside.rpartition("/")[0] + "/"
     try:
-        with zipfile.ZipFile(archive) as opened:
+        try:
+            opened = zipfile.ZipFile(archive)
+        except _BROKEN as error:
+            raise ValueError(f"{archive} is no archive that can be unpacked: {error}") from error
+        with opened:
             found = [m for m in checked_members(opened, limit=limit) if m.filename.startswith(inside)]
             if not found:
                 raise ValueError(f"{archive} has no {inside}")
             for member in found:
                 path = draft / member.filename.removeprefix(base.lstrip("/"))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with opened.open(member) as source, path.open("wb") as sink:
-                    _copy(source, sink, member.file_size)
+                with path.open("wb") as sink:
+                    for chunk in _content(opened, member):
+                        sink.write(chunk)
         for path in sorted(draft.rglob("*")):
             if path.is_file():
                 final = folder / path.relative_to(draft)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, final)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{archive} is no archive that can be unpacked: {error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+    done = 0
+    try:
+        with archive.open(member) as source:
+            while chunk := source.read(_CHUNK):
+                done += len(chunk)
+                if done > member.file_size:
+                    raise ValueError("it is larger than the archive says")
+                yield chunk
+    except _BROKEN as error:
+        raise ValueError(f"{archive.filename} cannot be unpacked: {member.filename!r}: {error}") from error
 
 
 def checked_members(archive: zipfile.ZipFile, *, limit: int) -> list[zipfile.ZipInfo]:
@@ -311,15 +342,6 @@ def checked_members(archive: zipfile.ZipFile, *, limit: int) -> list[zipfile.Zip
             raise ValueError(f"{name} is refused: it unpacks to more than {limit:,} bytes")
         members.append(member)
     return members
-
-
-def _copy(source: IO[bytes], sink: IO[bytes], size: int) -> None:
-    done = 0
-    while chunk := source.read(_CHUNK):
-        done += len(chunk)
-        if done > size:
-            raise ValueError("a member of the archive is larger than the archive says")
-        sink.write(chunk)
 
 
 def _size(path: Path) -> int:

@@ -150,10 +150,12 @@ def ratings(
 ) -> Ratings:
     """Rows of user, item, rating and time, without those of users beyond `last_user`."""
     (file,) = files
-    with file.open(encoding="ascii", newline="") as lines:
-        if header is not None and (found := next(lines, "").strip()) != header:
-            raise ValueError(f"its first line is {found[:40]!r}, not {header!r}")
-        rows = np.loadtxt(lines, delimiter=separator, dtype=np.float64, ndmin=2, max_rows=50_000_000, comments=None)
+    head, _, body = file.read_text("ascii").partition("\n") if header is not None else ("", "", file.read_text("ascii"))
+    if header is not None and head != header:
+        raise ValueError(f"its first line is {head[:40]!r}, not {header!r}")
+    if not body.strip():
+        raise ValueError("it holds no rows")
+    rows = np.loadtxt(io.StringIO(body), delimiter=separator, dtype=np.float64, ndmin=2, comments=None)
     if rows.shape[1:] != (4,) or not len(rows):
         raise ValueError(f"it holds {rows.shape[0]} rows of {rows.shape[-1]} columns, not of 4")
     numbers = rows[:, [0, 1, 3]]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.fft
@@ -46,7 +46,7 @@ def gaussian_random_field(
     boundary: Literal["periodic", "neumann"] = "periodic",
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "samples *grid"]:
+) -> Float[Tensor, samples * grid]:
     """Gaussian fields of mean 0 and covariance tau^(2 alpha - d) (-Lap + tau^2)^-alpha, without the constant mode.
 
     Args:
@@ -110,7 +110,8 @@ def multiscale_coefficient(
 ) -> Float[Tensor, "samples n n"]:
     """Trigonometric coefficients with six scales, on n x n cells.
 
-    prod over k = 1..6 of (1 + cos(a_k pi (x + y)) / 2) (1 + sin(a_k pi (y - 3 x)) / 2), a_k uniform in [2^(k-1), 1.5 * 2^(k-1)].
+    prod over k = 1..6 of (1 + cos(a_k pi (x + y)) / 2) (1 + sin(a_k pi (y - 3 x)) / 2),
+    a_k uniform in [2^(k-1), 1.5 * 2^(k-1)].
     """
     x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
     y = x.T
@@ -139,7 +140,7 @@ def darcy_2d(
     """
     if not bool((torch.isfinite(a) & (a > 0)).all()):
         raise ValueError(f"a must be positive and finite, got values from {float(a.min())} to {float(a.max())}")
-    samples, n1, n2 = a.shape
+    n1, n2 = a.shape[1:]
     conductivity = a.detach().cpu().double().numpy()
     source = np.broadcast_to(f.detach().cpu().double().numpy() if isinstance(f, Tensor) else float(f), a.shape)
     cell = np.arange(n1 * n2).reshape(n1, n2)
@@ -160,8 +161,8 @@ def darcy_2d(
 
 
 def poisson(
-    f: Float[Tensor, "samples *grid"], *, boundary: Literal["dirichlet", "periodic"] = "dirichlet"
-) -> Float[Tensor, "samples *grid"]:
+    f: Float[Tensor, samples * grid], *, boundary: Literal["dirichlet", "periodic"] = "dirichlet"
+) -> Float[Tensor, samples * grid]:
     """Solve -Lap_h u = f on the unit cube, second-order differences, exactly, by a fast sine or Fourier transform.
 
     Args:
@@ -263,14 +264,15 @@ def navier_stokes_2d(
 
     Raises:
         ValueError: for an unknown scheme, or non-positive time, dt or frames.
-        FloatingPointError: where the flow outruns the step (dt * max|u| * k_max > 1.7) or is no longer finite; names the time.
+        FloatingPointError: where the flow outruns the step (dt * max|u| * k_max > 1.7) or is no longer finite; names
+            the time.
     """
     if scheme not in ("if-rk4", "cn-euler"):
         raise ValueError(f"scheme must be 'if-rk4' or 'cn-euler', got {scheme!r}")
     if time <= 0 or dt <= 0 or frames < 1:
         raise ValueError(f"time, dt and frames must be positive, got {time}, {dt} and {frames}")
     n = vorticity.shape[-1]
-    options = {"dtype": vorticity.dtype, "device": vorticity.device}
+    options: dict[str, Any] = {"dtype": vorticity.dtype, "device": vorticity.device}
     k1 = torch.fft.fftfreq(n, 1 / n, **options)[:, None]
     k2 = torch.arange(n // 2 + 1, **options)
     kept = (k1.abs() <= n / 3) & (k2 <= n / 3)
@@ -289,8 +291,8 @@ def navier_stokes_2d(
             # A comparison that nan fails too.
             if not step * speed * highest <= 1.7:
                 raise FloatingPointError(
-                    f"the flow is too fast or not finite at time {now:.4g}: dt * max|u| * k_max = {step * speed * highest:.3g} "
-                    f"> 1.7 with dt = {step:.3g}; take a smaller dt"
+                    f"the flow is too fast or not finite at time {now:.4g}: dt * max|u| * k_max = "
+                    f"{step * speed * highest:.3g} > 1.7 with dt = {step:.3g}; take a smaller dt"
                 )
         return force - torch.where(kept, torch.fft.rfft2(u * wx + v * wy), 0.0)
 

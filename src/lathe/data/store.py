@@ -172,15 +172,21 @@ def _locate(source: Source, resolution: int | None) -> _Place | None:
                 return _Place(mirror / relative, _listed(mirror, relative))
     if _holds(cached := cache_folder() / "files" / source.path, source.path, None):
         return _Place(cached, None if source.inside else source.checksum)
-    if source.hub is not None:
-        from huggingface_hub import try_to_load_from_cache
-
-        repository, revision = source.hub
-        file = source.path.removeprefix(f"{repository}/")
-        found = try_to_load_from_cache(repository, file, revision=revision, repo_type="dataset")
-        if isinstance(found, str):
-            return _Place(Path(found), source.checksum)
+    if source.hub is not None and (found := _from_hub_cache(source)) is not None:
+        return _Place(found, source.checksum)
     return None
+
+
+def _from_hub_cache(source: Source) -> Path | None:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    assert source.hub is not None
+    repository, revision = source.hub
+    file = source.path.removeprefix(f"{repository}/")
+    found = try_to_load_from_cache(
+        repository, file, cache_dir=constants.HF_HUB_CACHE, revision=revision, repo_type="dataset"
+    )
+    return Path(found) if isinstance(found, str) else None
 
 
 def _holds(path: Path, relative: str, resolution: int | None) -> bool:
@@ -251,7 +257,7 @@ def _download(source: Source, progress: Callable[[str, int, int | None], None] |
 
 
 def _from_hub(source: Source, report: Callable[[int, int | None], None]) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 
     assert source.hub is not None
@@ -263,6 +269,7 @@ def _from_hub(source: Source, report: Callable[[int, int | None], None]) -> Path
             source.path.removeprefix(f"{repository}/"),
             repo_type="dataset",
             revision=revision,
+            cache_dir=constants.HF_HUB_CACHE,
             endpoint=os.environ.get("HF_ENDPOINT"),
         )
     except Exception as error:  # the Hub's client lets through what its transports raise

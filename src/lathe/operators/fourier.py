@@ -106,7 +106,7 @@ class SpectralConv(nn.Module):
             n = spectrum.shape[axis]
             spectrum = torch.cat([spectrum.narrow(axis, n - below, below), spectrum.narrow(axis, 0, above)], axis)
 
-        weight = self.weight
+        weight: Tensor = self.weight
         for axis, (m, below, above) in enumerate(zip(self.n_modes, lower, upper)):
             weight = weight.narrow(axis, m // 2 - below, below + above)
         weight = weight.narrow(d - 1, 0, last).flatten(0, d - 1)
@@ -114,9 +114,7 @@ class SpectralConv(nn.Module):
         # (modes, [re, im] x batch, in) @ (modes, in, [re | im] x out)
         real = torch.view_as_real(spectrum).flatten(2, -2).permute(2, 3, 0, 1).reshape(-1, 2 * batch, self.in_channels)
         product = torch.bmm(real, weight).view(-1, 2, batch, 2, self.out_channels)
-        parts = torch.stack(
-            [product[:, 0, :, 0] - product[:, 1, :, 1], product[:, 0, :, 1] + product[:, 1, :, 0]], -1
-        )
+        parts = torch.stack([product[:, 0, :, 0] - product[:, 1, :, 1], product[:, 0, :, 1] + product[:, 1, :, 0]], -1)
         spectrum = torch.view_as_complex(parts.permute(1, 2, 0, 3).contiguous()).unflatten(2, modes)
 
         for axis, below, above in zip(axes, lower, upper):
@@ -128,7 +126,8 @@ class SpectralConv(nn.Module):
             )
         if axes:
             spectrum = torch.fft.ifftn(spectrum, dim=axes, norm="forward")
-        # A real field has real coefficients at frequency 0 and Nyquist of the last axis: not every FFT library ignores the rest.
+        # A real field has real coefficients at frequency 0 and Nyquist of the last axis; not every FFT library
+        # ignores an imaginary part there.
         edges = [0, shape[-1] // 2] if shape[-1] % 2 == 0 and last == shape[-1] // 2 + 1 else [0]
         mask = torch.ones(last, dtype=x.dtype, device=x.device)
         mask[edges] = 0
@@ -188,9 +187,13 @@ class FNO(nn.Module):
         self.spectral = nn.ModuleList(
             SpectralConv(hidden_channels, hidden_channels, n_modes, bias=False, **factory) for _ in range(n_layers)
         )
-        self.pointwise = nn.ModuleList(pointwise(hidden_channels, hidden_channels, 1, **factory) for _ in range(n_layers))
+        self.pointwise = nn.ModuleList(
+            pointwise(hidden_channels, hidden_channels, 1, **factory) for _ in range(n_layers)
+        )
         self.projection = nn.Sequential(
-            pointwise(hidden_channels, projection, 1, **factory), nn.GELU(), pointwise(projection, out_channels, 1, **factory)
+            pointwise(hidden_channels, projection, 1, **factory),
+            nn.GELU(),
+            pointwise(projection, out_channels, 1, **factory),
         )
 
     def forward(self, a: Float[Tensor, "batch in_channels *grid"]) -> Float[Tensor, "batch out_channels *grid"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import permutations
+from itertools import pairwise, permutations
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -268,8 +268,8 @@ def ratios(own: Sequence[float], stitched: Tensor) -> list[float]:
 
 @study.claim(
     "C1",
-    "Auto-encoders trained apart can exchange encoders without training when the decoder reads similarities to anchors, "
-    "and cannot when it reads latents",
+    "Auto-encoders trained apart can exchange encoders without training when the decoder reads similarities to "
+    "anchors, and cannot when it reads latents",
     paper="Table 3, MSE x 100, not stitched and stitched: absolute 1.58 and 100.6, relative 2.78 and 8.16 (means over "
     "MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100; as recalled)",
     holds=at_most(4.0),
@@ -379,7 +379,7 @@ def more_anchors(run: Run) -> Measurement:
     run.figure(_lines(rows))
     first, last = found[0][1].nanmean(1), found[-1][1].nanmean(1)
     also = {f"stitched MSE x 100 with {count} anchors": 100 * error for count, error in zip(counts, errors)}
-    also["largest ratio of one error to that with fewer anchors"] = max(b / a for a, b in zip(errors, errors[1:]))
+    also["largest ratio of one error to that with fewer anchors"] = max(b / a for a, b in pairwise(errors))
     return compare(first.tolist(), last.tolist(), how="ratio", also=also)
 
 
@@ -419,7 +419,9 @@ class BatchStatistics(nn.Module):
 
 
 def feature_norm(kind: str, width: int) -> nn.Module:
-    return {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "transductive": lambda _: BatchStatistics()}[kind](width)
+    if kind == "transductive":
+        return BatchStatistics()
+    return nn.LayerNorm(width) if kind == "layer" else nn.BatchNorm1d(width)
 
 
 def classification_head(run: Run, width: int, classes: int) -> nn.Sequential:
@@ -489,7 +491,7 @@ def _exchanged(scores: dict[str, float]) -> float:
 @study.claim(
     "C3",
     "Training on similarities instead of latents costs little accuracy",
-    paper="Table 2: MNIST 97.91 against 97.95, CIFAR-10 87.70 against 87.85, CIFAR-100 66.72 against 68.88 (as recalled)",
+    paper="Table 2: MNIST 97.91 against 97.95, CIFAR-10 87.70 against 87.85, CIFAR-100 66.72 against 68.88 (recalled)",
     holds=at_least(-1.5),
     unit="percentage points",
 )
@@ -510,7 +512,7 @@ def accuracy_of_relative_classifiers(run: Run) -> Measurement:
 @study.claim(
     "C4",
     "A classifier's head works under encoders of other architectures, trained apart, without training",
-    paper="Tables 4-6: text TREC, stitched, 75.9 relative against 21.5 absolute (88.1 and 91.7 not stitched; as recalled)",
+    paper="Tables 4-6: text TREC, stitched, 75.9 relative against 21.5 absolute (88.1 and 91.7 not stitched; recalled)",
     holds=at_least(85.0),
     unit="% accuracy",
     also={"absolute": at_most(30.0)},
@@ -541,7 +543,7 @@ def exchanged_encoders(run: Run) -> Measurement:
         [_exchanged(scores["relative"]) for scores in found],
         baseline=also["absolute"],
         also=also,
-        note=f"{len(names)} ordered pairs a seed; chance 10%; 128 training images are the anchors",
+        note=f"{len(names)} ordered pairs a seed; chance 10%; {run.setting.classifier_anchors} training images are the anchors",
     )
 
 
@@ -741,7 +743,7 @@ def similarity_predicts_accuracy(run: Run) -> Measurement:
     return average(
         [pearson(points) for points in found],
         also={"lowest accuracy": min(accuracies), "highest accuracy": max(accuracies)},
-        note=f"{run.setting.graph_runs} random models a seed on {run.setting.graph}, reference: the best of them, left out",
+        note=f"{run.setting.graph_runs} random models a seed on {run.setting.graph}; reference: the best, left out",
     )
 
 

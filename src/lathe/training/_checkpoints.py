@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -27,6 +28,11 @@ __all__ = ["CheckpointError", "Checkpoints", "load_weights"]
 
 _MANIFEST = "checkpoint.json"
 _FORMAT = 1
+_OURS = re.compile(
+    r"\.(model|best|training)-\d{9}\.(safetensors|pt)"  # being written
+    r"|(model|best|training)-\d{9}-[0-9a-f]{8}\.(safetensors|pt)"
+    r"|\.checkpoint\.json"
+)
 
 
 class CheckpointError(RuntimeError):
@@ -150,11 +156,10 @@ class Checkpoints:
             keep = set(self._files()) if self.exists() else set()
         except CheckpointError:
             return
-        for pattern in ("*-*.safetensors", "training-*.pt", ".*.safetensors", ".training-*.pt", f".{_MANIFEST}"):
-            for path in self.folder.glob(pattern):
-                if path.name not in keep and _ours(path.name):
-                    with suppress(OSError):
-                        path.unlink()
+        for path in self.folder.iterdir():
+            if _OURS.fullmatch(path.name) and path.name not in keep:
+                with suppress(OSError):
+                    path.unlink()
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], folder: Path) -> None:
@@ -167,10 +172,6 @@ def load_weights(model: nn.Module, state: dict[str, Any], folder: Path) -> None:
         raise CheckpointError(
             f"the checkpoint in {folder} is of another network: {detail} (another folder or resume=False starts anew)"
         ) from error
-
-
-def _ours(name: str) -> bool:
-    return name.lstrip(".").split("-")[0] in {"model", "best", "training", _MANIFEST}
 
 
 def _pack(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
@@ -228,11 +229,14 @@ def _serialise(rest: dict[str, Any]) -> bytes:
 
 def _flush(path: Path) -> None:
     """Have the system write a file, or the names in a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # Windows flushes no folders
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(handle)
     except OSError:
-        if not path.is_dir():
+        if not folder:
             raise
     finally:
         os.close(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,10 @@ def judge(
 
 
 def place(batch: Batch, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
-    def move(part: Tensor) -> Tensor:
-        return part if part.device == device else part.to(device, non_blocking=True)
-
+    """The batch's inputs and targets on `device`."""
+    move = partial(_move, device)
     return walk(move, batch.inputs), tuple(walk(move, target) for target in batch.targets)
+
+
+def _move(device: torch.device, part: Tensor) -> Tensor:
+    return part if part.device == device else part.to(device, non_blocking=True)

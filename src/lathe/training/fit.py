@@ -199,6 +199,7 @@ def fit(
         "accumulate": accumulate,
         "precision": precision,
         "processes": processes.world,
+        "optimizer": f"{type(updates).__name__}({updates.defaults})",
         "steps": total if scheduler else None,
     }
     with own_randomness(processes.device):

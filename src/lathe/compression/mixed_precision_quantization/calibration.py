@@ -41,7 +41,7 @@ Ranges = dict[str, Range]
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers that can be quantised, by name: `nn.Linear` and `nn.Conv2d`, no subclasses (they may compute otherwise)."""
+    """The layers that can be quantised, by name: `nn.Linear` and `nn.Conv2d`, but no subclasses of them."""
     return {name: each for name, each in model.named_modules() if type(each) in (nn.Linear, nn.Conv2d)}  # type: ignore[misc]
 
 
@@ -74,6 +74,7 @@ def calibrate(
     *,
     percentile: float = 99.99,
     bits: Iterable[int] = range(2, 9),
+    symmetric: bool = False,
 ) -> Ranges:
     """Ranges of the inputs of all quantisable layers over a calibration set.
 
@@ -83,6 +84,7 @@ def calibrate(
             clip with the least squared rounding error at each bit width, both on a sample of 65 536 values spread over
             all batches.
         bits: the widths to find clips for.
+        symmetric: signed grids everywhere, as in the paper; inputs that are never negative then use half of theirs.
 
     Raises:
         ValueError: where the calibration set is empty, `observer` is unknown, `percentile` is outside (0, 100], or an
@@ -98,7 +100,7 @@ def calibrate(
     with _watched(model, lambda name, x: seen.setdefault(name, _Seen()).add(x, keep)), torch.no_grad():
         for batch in batches:
             call(model, batch[0])
-    return {name: each.range(name, observer, percentile, tuple(bits)) for name, each in seen.items()}
+    return {name: each.range(name, observer, percentile, tuple(bits), symmetric) for name, each in seen.items()}
 
 
 class _Seen:
@@ -115,13 +117,17 @@ class _Seen:
         if keep:
             # At random places (a stride could see one channel only), the same ones in each run.
             places = torch.randint(x.numel(), (keep,), generator=torch.Generator().manual_seed(0))
-            self.values.append((x.detach().flatten()[places.to(x.device)] if keep < x.numel() else x.detach().flatten()).float())
+            self.values.append(
+                (x.detach().flatten()[places.to(x.device)] if keep < x.numel() else x.detach().flatten()).float()
+            )
 
-    def range(self, name: str, observer: str, percentile: float, bits: tuple[int, ...]) -> Range:
+    def range(self, name: str, observer: str, percentile: float, bits: tuple[int, ...], symmetric: bool) -> Range:
         largest = max(abs(self.low), abs(self.high))
         if not 0 < largest < float("inf"):  # false for NaN as well
-            raise ValueError(f"the input of layer {name!r} must be finite and not all zero, got largest magnitude {largest}")
-        signed = self.low < 0
+            raise ValueError(
+                f"the input of layer {name!r} must be finite and not all zero, got largest magnitude {largest}"
+            )
+        signed = symmetric or self.low < 0
         if observer == "max":
             clips = dict.fromkeys(bits, largest)
         else:
@@ -153,10 +159,10 @@ def _watched(model: nn.Module, see: Any) -> Iterator[None]:
 
 
 def fold_batch_norms(model: nn.Module, example: Any = None) -> nn.Module:
-    """A copy of `model` in evaluation mode whose batch norms are folded into the layers before them, where that is exact.
+    """A copy of `model` in evaluation mode, its batch norms folded into the layers before them where that is exact.
 
-    A batch norm that follows a `nn.Conv2d` or `nn.Linear` (and is the only one to read its output) becomes `nn.Identity`;
-    others stay as they are.
+    A batch norm that follows a `nn.Conv2d` or `nn.Linear` (and is the only one to read its output) becomes
+    `nn.Identity`; others stay as they are.
 
     Args:
         example: an input; needed where `torch.fx` cannot trace the network.
@@ -175,7 +181,8 @@ def fold_batch_norms(model: nn.Module, example: Any = None) -> nn.Module:
 
 
 @torch.no_grad()
-def _fold(layer: nn.Linear | nn.Conv2d, norm: nn.Module) -> None:
+def _fold(layer: nn.Module, norm: nn.Module) -> None:
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
     running_mean, running_var = norm.running_mean, norm.running_var
     assert isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)
     factor = (running_var + norm.eps).rsqrt()  # type: ignore[operator]

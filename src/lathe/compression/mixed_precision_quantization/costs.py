@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lathe.compression.mixed_precision_quantization.calibration import Range, Ranges, quantizable
 from lathe.compression.mixed_precision_quantization.kernels import integer_kernel
 from lathe.compression.mixed_precision_quantization.layers import QuantConv2d, QuantLinear
+from lathe.compression.mixed_precision_quantization.search import allocate
 from lathe.core.codes import packed_bytes
 from lathe.core.example import call
 from lathe.core.surgery import find_sequences
@@ -52,7 +54,9 @@ def byte_costs(model: nn.Module, ranges: Ranges, bits: Sequence[int], *, per_cha
 
 def bops_costs(model: nn.Module, ranges: Ranges, bits: Sequence[int]) -> Table:
     """Bit operations of one sample: MACs times the bits of weight and input."""
-    return _table(model, ranges, bits, lambda layer, range, width: float(layer_macs(layer, range.shape) * width * width))
+    return _table(
+        model, ranges, bits, lambda layer, range, width: float(layer_macs(layer, range.shape) * width * width)
+    )
 
 
 def roofline_costs(
@@ -103,6 +107,23 @@ class LatencyTable:
                 total -= self.conversion[name]
         return total
 
+    def best(self, allowed: Mapping[str, int]) -> dict[str, int]:
+        """The fastest configuration that gives no layer fewer bits than `allowed` does, exactly.
+
+        Leaves a layer in 16 bits where quantising its input would take longer than integers save.
+        """
+        widths = {name: sorted({16, allowed[name]}) for name in self.seconds}
+        cost = {
+            name: {
+                width: self.seconds[name][width]
+                - (self.conversion[name] if name in self.follows and width < 16 else 0.0)
+                for width in widths[name]
+            }
+            for name in self.seconds
+        }
+        nothing = {name: dict.fromkeys(widths[name], 0.0) for name in self.seconds}
+        return allocate(cost, nothing, 1.0, conversions=self.conversions())
+
     def conversions(self) -> dict[tuple[str, str], float]:
         """What it costs when the second layer is quantised and the first, which it follows, is not."""
         return {(before, name): self.conversion[name] for name, before in self.follows.items()}
@@ -123,24 +144,28 @@ def measure_latency(
         model: the network, batch norms folded.
         example: an input of the batch size to be used.
         dtype: of unquantised layers and of activations.
-        repeats: the median of so many runs counts.
+        repeats: the fastest of so many runs counts.
     """
     layers = quantizable(model)
-    cache: dict[Any, tuple[dict[int, float], float]] = {}
     shapes = _shapes(model, layers, example)
+    keys = {name: (repr(layers[name]), ranges[name].signed, shapes[name]) for name in ranges}
+    whole, converted = copied(model, dtype), cast(example, dtype)
+    functions: list[Callable[[], Any]] = [lambda: call(whole, converted)]
+    places: dict[Any, int] = {}
+    for name, key in keys.items():
+        if key not in places:
+            places[key] = len(functions)
+            functions += _runs(layers[name], ranges[name], shapes[name], bits, dtype)
+    with torch.no_grad():
+        # What other programs add to a run is not the layer's: the least of the runs is the nearest to it.
+        times = [taken[0] for taken in interleaved_seconds(functions, repeats)]
     seconds: Table = {}
     conversion: dict[str, float] = {}
-    for name, range in ranges.items():
-        layer = layers[name]
-        key = (type(layer), repr(layer), range.signed, shapes[name])
-        if key not in cache:
-            cache[key] = _time_layer(layer, range, shapes[name], bits, dtype, repeats)
-        seconds[name], conversion[name] = cache[key]
-    whole = copied(model, dtype)
-    converted = cast(example, dtype)
-    with torch.no_grad():
-        base = median_seconds([lambda: call(whole, converted)], repeats)[0]
-    rest = max(base - sum(each[max(each)] for each in seconds.values()), 0.0)
+    for name, key in keys.items():
+        plain, quantized, from_bytes = times[places[key] : places[key] + 3]
+        seconds[name] = {width: plain if width == 16 else quantized for width in {16, *bits}}
+        conversion[name] = max(quantized - from_bytes, 0.0)
+    rest = max(times[0] - sum(each[16] for each in seconds.values()), 0.0)
     return LatencyTable(seconds, conversion, byte_links(model, ranges, example), rest)
 
 
@@ -162,7 +187,12 @@ def byte_links(model: nn.Module, ranges: Ranges, example: Any = None) -> dict[st
 
 
 def median_seconds(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median times of the functions, run in turn, so that what slows the machine down for a while slows all of them.
+    """Medians of `interleaved_seconds`."""
+    return [taken[len(taken) // 2] for taken in interleaved_seconds(functions, repeats)]
+
+
+def interleaved_seconds(functions: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
+    """Times of the functions, sorted; run in turn, so that what slows the machine down for a while slows all of them.
 
     A run is as many calls as take half a millisecond.
     """
@@ -179,7 +209,7 @@ def median_seconds(functions: Sequence[Callable[[], Any]], repeats: int) -> list
             for _ in range(count):
                 function()
             taken.append((time.perf_counter() - start) / count)
-    return [sorted(taken)[len(taken) // 2] for taken in times]
+    return [sorted(taken) for taken in times]
 
 
 def cast(example: Any, dtype: torch.dtype) -> Any:
@@ -195,8 +225,6 @@ def cast(example: Any, dtype: torch.dtype) -> Any:
 
 def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in `dtype`, convolutions channels-last."""
-    import copy
-
     new = copy.deepcopy(model).eval().to(dtype)
     for module in new.modules():
         if isinstance(module, nn.Conv2d):
@@ -209,27 +237,23 @@ def total(table: Table, config: Mapping[str, int]) -> float:
     return sum(by_bits[config[name]] for name, by_bits in table.items())
 
 
-def _time_layer(
-    layer: nn.Linear | nn.Conv2d, range: Range, shape: tuple[int, ...], bits: Sequence[int], dtype: torch.dtype, repeats: int
-) -> tuple[dict[int, float], float]:
-    x = torch.rand(shape)
-    x = cast((x - 0.5 if range.signed else x) * 2 * max(range.clip.values()), dtype).to(layer.weight.device)
+def _runs(
+    layer: nn.Linear | nn.Conv2d, range: Range, shape: tuple[int, ...], bits: Sequence[int], dtype: torch.dtype
+) -> list[Callable[[], Any]]:
+    """The layer in 16 bits, quantised, and quantised with bytes coming in; all widths share the int8 kernel."""
+    device = layer.weight.device
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    x = cast((x - 0.5 if range.signed else x) * 2 * max(range.clip.values()), dtype)
     plain = copied(layer, dtype)
-    functions: list[Callable[[], Any]] = [lambda: plain(x)]
     widths = [width for width in bits if width != 16]
-    native = integer_kernel("linear" if isinstance(layer, nn.Linear) else "conv2d", x.device.type) is not None
-    if widths and native:
-        # All widths run on the same int8 kernel: one time for all.
-        kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
-        quantized = kind.from_trained(layer, widths[0], range)  # type: ignore[arg-type]
-        quantized.execute = "native"
-        codes = torch.randint(0, 255, shape, dtype=torch.uint8, device=x.device)
-        codes = codes.contiguous(memory_format=torch.channels_last) if codes.ndim == 4 else codes
-        functions += [lambda: quantized(x), lambda: quantized(codes)]
-    with torch.no_grad():
-        times = median_seconds(functions, repeats)
-    by_bits = {width: times[1] if native and width != 16 else times[0] for width in bits} | {16: times[0]}
-    return by_bits, max(times[1] - times[2], 0.0) if native and widths else 0.0
+    if not widths or integer_kernel("linear" if isinstance(layer, nn.Linear) else "conv2d", device.type) is None:
+        return [lambda: plain(x)] * 3
+    kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
+    quantized = kind.from_trained(layer, widths[0], range)
+    quantized.execute = "native"
+    codes = torch.randint(0, 255, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    codes = codes.contiguous(memory_format=torch.channels_last) if codes.ndim == 4 else codes
+    return [lambda: plain(x), lambda: quantized(x), lambda: quantized(codes)]
 
 
 def _shapes(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> dict[str, tuple[int, ...]]:

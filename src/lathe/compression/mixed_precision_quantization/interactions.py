@@ -213,7 +213,9 @@ class _Replay:
             if self.recording:
                 this.end = self.next
                 assert self.versions is not None
-                self.versions += [(index, each, each._version) for each in tree_leaves(result) if isinstance(each, Tensor)]
+                self.versions += [
+                    (index, each, each._version) for each in tree_leaves(result) if isinstance(each, Tensor)
+                ]
             elif self.keep:
                 self.kept[index] = _copied(result) if this.mutated else result
             return result

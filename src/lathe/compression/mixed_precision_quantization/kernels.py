@@ -43,7 +43,7 @@ def _codes(x: Tensor, inverse_scale: float, zero: int, low: int, high: int) -> T
 
 
 def _bytes(x: Tensor, scale: float, zero: int, low: int, high: int) -> Tensor:
-    """One pass over the floats in place of four; `int_repr` would copy, and slowly at that, so read the storage itself."""
+    """One pass over the floats in place of four; `int_repr` would copy, and slowly at that: read the storage itself."""
     # Signed grids are rounded around zero and shifted after: adding 128 first would round some products twice.
     quantized = torch.quantize_per_tensor(x, scale, 0, torch.qint8 if zero else torch.quint8)
     byte = torch.int8 if zero else torch.uint8
@@ -88,7 +88,11 @@ class Int8Linear:
         self.weight = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
 
     def __call__(
-        self, codes: UInt8[Tensor, "*batch in_features"], dtype: torch.dtype, output_scale: float = 1.0, output_zero: int = 0
+        self,
+        codes: UInt8[Tensor, "*batch in_features"],
+        dtype: torch.dtype,
+        output_scale: float = 1.0,
+        output_zero: int = 0,
     ) -> Tensor:
         """The result in `dtype`; uint8 gives codes of step `output_scale`, saturated to 0..255."""
         return torch.ops.onednn.qlinear_pointwise(
@@ -160,7 +164,11 @@ class Int8Product:
         self.bias = bias
 
     def __call__(
-        self, codes: UInt8[Tensor, "*batch in_features"], dtype: torch.dtype, output_scale: float = 1.0, output_zero: int = 0
+        self,
+        codes: UInt8[Tensor, "*batch in_features"],
+        dtype: torch.dtype,
+        output_scale: float = 1.0,
+        output_zero: int = 0,
     ) -> Tensor:
         """The result in `dtype`; uint8 gives codes of step `output_scale`, saturated to 0..255."""
         rows = codes.reshape(-1, codes.shape[-1])
@@ -177,7 +185,9 @@ class Int8Product:
 
 
 @functools.cache
-def integer_kernel(layer: Literal["linear", "conv2d"], device: str) -> type[Int8Linear | Int8Conv2d | Int8Product] | None:
+def integer_kernel(
+    layer: Literal["linear", "conv2d"], device: str
+) -> type[Int8Linear | Int8Conv2d | Int8Product] | None:
     """The integer kernel for this kind of layer on this kind of device, or None where there is none that is right."""
     candidates: list[type] = [Int8Linear if layer == "linear" else Int8Conv2d] if device == "cpu" else []
     if layer == "linear":

@@ -1,4 +1,4 @@
-"""`QuantLinear` and `QuantConv2d`: weights stored in 2 to 8 bits, packed; run on integers, or on floats that mimic them.
+"""`QuantLinear` and `QuantConv2d`: weights packed in 2 to 8 bits; run on integers, or on floats that mimic them.
 
 Executed "native", a layer turns its input into bytes, multiplies them by the integer weights in int32 and scales the
 result back. Weights below 8 bits are packed in the state dict and in `stored_bytes`; at the first native call they are
@@ -27,7 +27,7 @@ __all__ = ["QuantConv2d", "QuantLinear", "weight_clip"]
 
 
 def weight_clip(
-    weight: Float[Tensor, "out *rest"], bits: int, *, per_channel: bool = True, observer: Literal["max", "mse"] = "max"
+    weight: Float[Tensor, out *rest], bits: int, *, per_channel: bool = True, observer: Literal["max", "mse"] = "max"
 ) -> Float[Tensor, " scales"]:
     """Largest magnitude on the grid for a weight: one value, or one for each output channel.
 
@@ -55,6 +55,9 @@ class _Quantized(nn.Module):
     input_scale: Tensor
     bias: Tensor | None
     _kind: Literal["linear", "conv2d"]
+    _weight: Tensor | None
+    _kernel: Any
+    _warned: bool
 
     def _set_up(
         self, shape: tuple[int, ...], bias: bool, bits: int, activation_bits: int | None, signed: bool, per_channel: bool,
@@ -73,11 +76,18 @@ class _Quantized(nn.Module):
         self.bias = nn.Parameter(value, requires_grad=False) if value is not None else None
         self.execute: Literal["simulate", "native"] = "simulate"
         self._emits: _Codes | None = None
+        self.byte_dtype = dtype or torch.get_default_dtype()
+        """Of the result where the input comes as bytes, which do not say in which dtype the network runs."""
         self._forget()
 
     @torch.no_grad()
     def _store(
-        self, weight: Tensor, bias: Tensor | None, clip: Tensor | None, input_clip: float, observer: Literal["max", "mse"]
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        clip: Tensor | None,
+        input_clip: float,
+        observer: Literal["max", "mse"],
     ) -> None:
         """Quantises and packs a floating-point weight."""
         if clip is None:
@@ -92,12 +102,12 @@ class _Quantized(nn.Module):
             self.bias.copy_(bias)
         self._forget()
 
-    def codes(self) -> Int8[Tensor, "out *rest"]:
+    def codes(self) -> Int8[Tensor, out *rest]:
         """The integer weights, unpacked."""
         return unpack_bits(self.packed_weight, self.bits, self.weight_shape, signed=True)
 
     @property
-    def weight(self) -> Float[Tensor, "out *rest"]:
+    def weight(self) -> Float[Tensor, out *rest]:
         """The weights that the codes stand for, in float32."""
         if self._weight is None:
             scale = self.weight_scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
@@ -132,7 +142,7 @@ class _Quantized(nn.Module):
         """Have native calls return bytes on the grid of the one layer that reads them; None goes back to floats."""
         self._emits = codes
 
-    def forward(self, x: Float[Tensor, "..."] | Any) -> Tensor:
+    def forward(self, x: Float[Tensor, ...] | Any) -> Tensor:
         if self.execute == "native" and not torch.compiler.is_compiling():
             if self._kernel is not None or self._native_kernel() is not None:
                 return self._run_native(x)
@@ -159,11 +169,11 @@ class _Quantized(nn.Module):
             self._prepare(x)
         low, high, zero = self._levels
         if x.dtype == torch.uint8:  # bytes from the layer before, which saturate at 0..255
-            codes, dtype = x, self._dtype
+            codes, dtype = x, self.byte_dtype
             if low + zero > 0 or high + zero < 255:
                 codes = codes.clamp(low + zero, high + zero)
         else:
-            self._dtype = dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32
+            dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32
             codes = to_codes(self._prepared(x), self._inverse_scale, zero, low, high)
         if self._emits is not None:
             return self._kernel(codes, torch.uint8, self._emits.scale, self._emits.zero)
@@ -192,10 +202,8 @@ class _Quantized(nn.Module):
 
     def _forget(self) -> None:
         """Drops what is derived from the buffers."""
-        self._weight: Tensor | None = None
-        self._kernel: Any = None
+        self._weight = self._kernel = None
         self._warned = False
-        self._dtype = torch.float32
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         scales = {name: getattr(self, name) for name in ("weight_scale", "input_scale")}

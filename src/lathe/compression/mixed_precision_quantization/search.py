@@ -23,10 +23,10 @@ def bisect_precision(
     floor: float,
     may_lower: Candidate | None = None,
 ) -> dict[str, int]:
-    """Bits by layer: for each width in turn, lowers the longest prefix of `order` that bisection finds above the floor.
+    """Bits by layer: at each width in turn, lowers the longest prefix of `order` that bisection finds above the floor.
 
     Asks for at most `ceil(log2(L + 1))` evaluations a width, and one of the unquantised network. What is returned was
-    itself evaluated and reached the floor; it is the longest such prefix if accuracy falls monotonically along the order.
+    itself evaluated and reached the floor; it is the longest such prefix if accuracy falls along the order.
 
     Args:
         evaluate: accuracy (or any score, more is better) of a configuration.
@@ -108,30 +108,31 @@ def allocate(
 ) -> dict[str, int]:
     """The cheapest bits whose modelled loss increase stays within a budget, exactly, by integer programming.
 
-    Minimises `sum_i cost_i(b_i) + sum_(i,j) conversion_ij [b_i = 16 or b_j = 16, not both free]` under
+    Minimises `sum_i cost_i(b_i) + sum_(i,j) conversion_ij [b_i = 16, b_j < 16]` under
     `sum_i D_i(b_i) + sum_(i<j) Omega_ij [b_i = b_j = pair_bits] <= budget`: the model in which bisection searches one
     order only. Products of choices are linearised, which is exact for zeros and ones.
 
     Args:
-        cost: for each layer and width what it costs (seconds, bytes, operations).
+        cost: for each layer and width what it costs (seconds, bytes, operations); layers may have different widths.
         increase: for each layer and width the loss increase with that layer alone quantised; 0 at 16 bits.
         pairs: `Omega_ij` of layers that are both at `pair_bits`; None for an additive model.
         pair_bits: None for the lowest width.
         conversions: for layers (i, j) that follow one another: what it costs if j is quantised and i is not, on top of
-            `cost`, which then holds layer j without converting its input.
+            `cost`, which then holds layer j without converting its input. Both must have 16 bits among their widths.
 
     Raises:
         ValueError: where layers or widths of the arguments differ, or no configuration keeps the budget.
     """
     names = list(cost)
-    widths = sorted(cost[names[0]], reverse=True) if names else []
-    if not names or any(sorted(table[name], reverse=True) != widths for table in (cost, increase) for name in names):
+    if not names or any(not cost[name] or set(increase.get(name, ())) != set(cost[name]) for name in names):
         raise ValueError("cost and increase must have the same layers and widths, and at least one")
+    widths = sorted({width for name in names for width in cost[name]}, reverse=True)
     pair_bits = widths[-1] if pair_bits is None else pair_bits
-    place = {(name, width): n for n, (name, width) in enumerate(itertools.product(names, widths))}
-    objective = [cost[name][width] for name, width in place]
-    losses = [increase[name][width] for name, width in place]
-    rows: list[dict[int, float]] = [{place[name, width]: 1.0 for width in widths} for name in names]
+    choices = [(name, width) for name in names for width in sorted(cost[name], reverse=True)]
+    place = {choice: n for n, choice in enumerate(choices)}
+    objective = [cost[name][width] for name, width in choices]
+    losses = [increase[name][width] for name, width in choices]
+    rows: list[dict[int, float]] = [{place[name, width]: 1.0 for width in cost[name]} for name in names]
     low, high = [1.0] * len(names), [1.0] * len(names)
 
     def add(row: dict[int, float], least: float, most: float) -> None:
@@ -140,7 +141,7 @@ def allocate(
         high.append(most)
 
     for (i, j), omega in (pairs or {}).items():
-        if omega == 0:
+        if omega == 0 or (i, pair_bits) not in place or (j, pair_bits) not in place:
             continue
         both = len(objective)
         objective.append(0.0)
@@ -156,7 +157,7 @@ def allocate(
         objective.append(seconds)
         losses.append(0.0)
         # At least [i at 16] - [j at 16]: one where j is quantised and i is not.
-        add({crossing: 1.0, place[i, widths[0]]: -1.0, place[j, widths[0]]: 1.0}, 0.0, np.inf)
+        add({crossing: 1.0, place[i, 16]: -1.0, place[j, 16]: 1.0}, 0.0, np.inf)
     matrix = sparse.lil_matrix((len(rows) + 1, len(objective)))
     for number, row in enumerate(rows):
         for column, value in row.items():

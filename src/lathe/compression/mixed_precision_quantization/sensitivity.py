@@ -1,4 +1,4 @@
-"""In which order layers may lose bits, least sensitive first: the orders of the paper and its companion, and controls."""
+"""In which order layers may lose bits, least sensitive first: the paper's, its companion's, and controls."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ __all__ = [
     "sensitivity_order",
 ]
 
-Order = Literal["augmented", "hessian", "qe", "noise", "random", "single", "greedy_pairs", "half_pairs", "hessian_pairs"]
+Order = Literal[
+    "augmented", "hessian", "qe", "noise", "random", "single", "greedy_pairs", "half_pairs", "hessian_pairs"
+]
 
 
 def quantization_errors(simulator: Simulator, bits: int) -> Float[Tensor, " layers"]:
@@ -62,7 +64,8 @@ def hessian_scores(
         traces = layer_traces(simulator, loss_fn, batches, probes=probes, tol=tol, seed=seed)
     errors = simulator.errors(bits)
     scores = [
-        max(traces[name].mean, 0.0) / error.numel() * float(error.double().square().sum()) for name, error in errors.items()
+        max(traces[name].mean, 0.0) / error.numel() * float(error.double().square().sum())
+        for name, error in errors.items()
     ]
     return torch.tensor(scores, dtype=torch.float64)
 
@@ -84,7 +87,7 @@ def layer_traces(
 def noise_scores(
     simulator: Simulator, loss_fn: Callable[..., Tensor], batches: Any, bits: int, *, draws: int = 3, seed: int = 0
 ) -> Float[Tensor, " layers"]:
-    """Mean loss increase when a layer's weight gets Gaussian noise of its quantisation error's size (companion paper)."""
+    """Mean loss increase when a layer's weight gets Gaussian noise as large as its rounding error (companion paper)."""
     kept, data = simulator.config, as_batches(batches, name="batches")
     generator = torch.Generator().manual_seed(seed)
     simulator.configure({})
@@ -158,9 +161,9 @@ def sensitivity_order(
 
     Args:
         model: a `Simulator`, or a network, which is then calibrated on `batches`.
-        method: "augmented" (r1, Hessian and pairs), "hessian" (trace times error), "qe" (relative error of the weights),
-            "noise", "random", "single" (measured `D({i})`), "greedy_pairs" (r2), "half_pairs" (r3), "hessian_pairs" (r4,
-            greedy on Hessian forms, without measuring pairs).
+        method: "augmented" (r1, Hessian and pairs), "hessian" (trace times error), "qe" (relative error of the
+            weights), "noise", "random", "single" (measured `D({i})`), "greedy_pairs" (r2), "half_pairs" (r3),
+            "hessian_pairs" (r4, greedy on Hessian forms, without measuring pairs).
         loss_fn, batches: the criterion and the calibration set; "qe" and "random" need none (given a `Simulator`).
         bits: at which errors and pairs are taken: the lowest that the search may use.
         weight: of the pair term in "augmented".
@@ -206,9 +209,7 @@ def sensitivity_order(
     return _ascending(names, augmented_scores(hessian, interactions, weight))
 
 
-def hessian_interactions(
-    simulator: Simulator, loss_fn: Callable[..., Tensor], batches: Any, bits: int
-) -> Interactions:
+def hessian_interactions(simulator: Simulator, loss_fn: Callable[..., Tensor], batches: Any, bits: int) -> Interactions:
     """Second-order terms without forward passes: `D({i}) ~ e_i^T H e_i / 2` and `Omega_ij ~ e_i^T H e_j` (r4)."""
     kept, data = simulator.config, as_batches(batches, name="batches")
     simulator.configure({})

@@ -53,7 +53,7 @@ class SimulatedLayer(nn.Module):
         self.clips[bits] = weight, input
         self._weights.pop(bits, None)
 
-    def rounded(self, bits: int) -> Float[Tensor, "out *rest"]:
+    def rounded(self, bits: int) -> Float[Tensor, out *rest]:
         """The weight on the grid of `bits` bits, in float32; kept, because a search asks for it again and again."""
         if bits not in self._weights:
             clip = self.clip(bits)[0]
@@ -112,7 +112,9 @@ class Simulator(nn.Module):
                 raise ValueError(f"ranges must name layers of the model, got {name!r}")
             made[id(found[name])] = self.layers[name] = SimulatedLayer(found[name], range, per_channel, observer)
         if not self.layers:
-            raise ValueError("model must have a layer that can be quantised (nn.Linear or nn.Conv2d) and runs, got none")
+            raise ValueError(
+                "model must have a layer that can be quantised (nn.Linear or nn.Conv2d) and runs, got none"
+            )
         keep_inference_path(self.model)
         if dtype is not None:
             self.model.to(dtype)

@@ -87,8 +87,16 @@ def activation(spec: ActivationLike) -> Activation:
 
 
 def _differentiate(function: Pointwise) -> Pointwise:
-    # torch.func.grad composes with vmap, with itself and with an outer autograd graph.
-    return torch.func.grad(lambda z: function(z).sum())
+    def derivative(z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = z if z.requires_grad else z.detach().requires_grad_()
+            value = function(leaf)
+            if not value.requires_grad:
+                return torch.zeros_like(z)
+            slope = torch.autograd.grad(value.sum(), leaf, create_graph=True, materialize_grads=True)[0]
+        return slope if z.requires_grad else slope.detach()
+
+    return derivative
 
 
 def _piecewise_linear(a_minus: float, a_plus: float, name: str) -> Activation:

@@ -64,8 +64,8 @@ class NormActGraph:
         nodes: `(op, operands)`, or `(op, operands, index_set)` for the moments mean, rms and std.
 
     Raises:
-        ValueError: on an unknown primitive or index set, a wrong number of operands, an operand that is no earlier node,
-            and where there are no nodes.
+        ValueError: on an unknown primitive or index set, a wrong number of operands, an operand that is no earlier
+            node, and where there are no nodes.
 
     Example:
         >>> NormActGraph([("sigmoid", (0,)), ("mul", (0, 4))]).expression()
@@ -73,7 +73,9 @@ class NormActGraph:
     """
 
     def __init__(self, nodes: Iterable[Node | Sequence[Any]]) -> None:
-        self.nodes = tuple(node if isinstance(node, Node) else Node(node[0], tuple(node[1]), *node[2:]) for node in nodes)
+        self.nodes = tuple(
+            node if isinstance(node, Node) else Node(node[0], tuple(node[1]), *node[2:]) for node in nodes
+        )
         if not self.nodes:
             raise ValueError("nodes must hold at least one operation, got none")
         for k, node in enumerate(self.nodes, start=4):
@@ -82,7 +84,9 @@ class NormActGraph:
             if len(node.operands) != ARITY[node.op]:
                 raise ValueError(f"nodes: node {k} ({node.op}) takes {ARITY[node.op]} operands, got {node.operands}")
             if not all(0 <= operand < k for operand in node.operands):
-                raise ValueError(f"nodes: operands of node {k} must be earlier nodes (0 to {k - 1}), got {node.operands}")
+                raise ValueError(
+                    f"nodes: operands of node {k} must be earlier nodes (0 to {k - 1}), got {node.operands}"
+                )
             if node.op in _MOMENTS and node.over not in INDEX_SETS:
                 raise ValueError(f"nodes: node {k} ({node.op}) needs an index set of {INDEX_SETS}, got {node.over!r}")
             if node.op not in _MOMENTS and node.over is not None:
@@ -221,9 +225,9 @@ _LATEX: dict[str, Any] = {
 class GraphLayer(nn.Module):
     """A layer that computes a `NormActGraph` and applies weight and bias to it; differentiable any number of times.
 
-    Values keep size one along the axes that they do not vary over, so moments stay small until they meet x. Moments over
-    the batch become running averages in evaluation: a buffer a node, which holds the mean, or the mean square or variance
-    under the root.
+    Values keep size one along the axes that they do not vary over, so moments stay small until they meet x. Moments
+    over the batch become running averages in evaluation: a buffer a node, which holds the mean, or the mean square or
+    variance under the root.
 
     Args:
         graph: what is computed; dead nodes and repeated subexpressions cost nothing.
@@ -237,7 +241,8 @@ class GraphLayer(nn.Module):
     Shape: `(batch, num_features, *spatial)` to the same.
     """
 
-    running: list[Tensor]
+    v0: nn.Parameter | None
+    v1: nn.Parameter | None
 
     def __init__(
         self,
@@ -273,6 +278,8 @@ class GraphLayer(nn.Module):
                 self.register_buffer(f"running_{node.op}_{k}", start(num_features, device=device, dtype=dtype))
 
     def forward(self, x: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, "batch channels *spatial"]:
+        if not x.is_floating_point():
+            raise TypeError(f"x must be of a floating dtype, got {x.dtype}")
         if x.ndim < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"x must have {self.num_features} channels in dimension 1, got shape {tuple(x.shape)}")
         wide = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).reshape(*x.shape[:2], -1)
@@ -408,9 +415,7 @@ EVONORM_GRAPHS: dict[str, NormActGraph] = {
             ("div", (X, 8)),
         ]
     ),
-    "S0": NormActGraph(
-        [("mul", (V1, X)), ("sigmoid", (4,)), ("mul", (X, 5)), ("std", (X,), "group"), ("div", (6, 7))]
-    ),
+    "S0": NormActGraph([("mul", (V1, X)), ("sigmoid", (4,)), ("mul", (X, 5)), ("std", (X,), "group"), ("div", (6, 7))]),
     "S1": NormActGraph([("sigmoid", (X,)), ("mul", (X, 4)), ("std", (X,), "group"), ("div", (5, 6))]),
     "S2": NormActGraph([("sigmoid", (X,)), ("mul", (X, 4)), ("rms", (X,), "group"), ("div", (5, 6))]),
 }

@@ -1,8 +1,8 @@
 """The six EvoNorm layers as two fused operations that keep nothing but their input for the backward pass.
 
 Liu, Brock, Simonyan, Le, "Evolving Normalization-Activation Layers", 2020, arXiv 2004.02967, Table 2; the closed-form
-gradients are ours. The layers are memory bound: temporaries are written in place, the backward pass works on tiles of the
-batch so that it touches little memory beyond its result, statistics come from row sums (`torch.var` is an order of
+gradients are ours. The layers are memory bound: temporaries are written in place, the backward pass works on tiles of
+the batch so that it touches little memory beyond its result, statistics come from row sums (`torch.var` is an order of
 magnitude slower on CPU), and all that is smaller than x is combined afterwards. Computation runs in float32 where x is
 half or bfloat16.
 
@@ -252,7 +252,7 @@ class _BatchEvoNorm(torch.autograd.Function):
         pieces: list[tuple[Tensor, ...]] = []
         for tile in tiles:
             x, grad = _wide(given[tile]), _wide(given_grad[tile])
-            tile_slope = slope[tile] if ctx.form == "B1" else slope
+            tile_slope = offset[tile] if ctx.form == "B1" else slope
             # By how much the line lies above the floor; zero where s_b wins the max.
             excess = (x * tile_slope).add_(offset[tile] - floor).relu_()
             m = excess + floor
@@ -267,7 +267,7 @@ class _BatchEvoNorm(torch.autograd.Function):
         grad_rows, quotient_rows, h_rows, line_rows, line_x_rows = (torch.cat(rows) for rows in zip(*pieces))
         doffset, dslope = -gamma * line_rows, -gamma * line_x_rows
         dinstance = doffset + dslope if ctx.form == "B1" else doffset
-        # What is left of dx is linear in x along each row: ds/dx = (x - mean) / (count s), and dr/dx likewise without mean.
+        # What is left of dx is linear in x along each row: ds/dx = (x - mean) / (count s), dr/dx the same without mean.
         by_x = dinstance / (given.shape[2] * instance)
         constant = -by_x * mean if mean is not None else torch.zeros_like(by_x)
         if batch_mean is not None:

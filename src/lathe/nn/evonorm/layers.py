@@ -107,7 +107,7 @@ class _EvoNorm(nn.Module):
 
         Args:
             activation: what followed `norm`; None is none.
-            inputs: what `norm` sees. None draws Gaussian ones, with `norm`'s running mean and variance where it has them.
+            inputs: what `norm` sees. None draws Gaussian ones, with `norm`'s running mean and variance if it has them.
             generator: of those draws.
         """
         layer = cls.like(norm, **options)
@@ -193,9 +193,7 @@ class _BatchLayer(_EvoNorm):
     ) -> None:
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
-        super().__init__(
-            num_features, nonlinear=nonlinear, eps=eps, zero_init=zero_init, device=device, dtype=dtype
-        )
+        super().__init__(num_features, nonlinear=nonlinear, eps=eps, zero_init=zero_init, device=device, dtype=dtype)
         self.momentum, self.sync, self.unbiased_running_var = momentum, sync, unbiased_running_var
         self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
 
@@ -245,9 +243,7 @@ class _SampleLayer(_EvoNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            num_features, nonlinear=nonlinear, eps=eps, zero_init=zero_init, device=device, dtype=dtype
-        )
+        super().__init__(num_features, nonlinear=nonlinear, eps=eps, zero_init=zero_init, device=device, dtype=dtype)
         if linear not in ("affine", "group"):
             raise ValueError(f'linear must be "affine" or "group", got {linear!r}')
         self.linear = linear
@@ -261,8 +257,8 @@ class _SampleLayer(_EvoNorm):
         elements = self.num_features // self.groups * flat.shape[2]
         if elements < 2:
             raise ValueError(
-                f"groups: {self.groups} groups leave {elements} value a group in x of shape {tuple(x.shape)}, which has "
-                "no spread; take fewer groups"
+                f"groups: {self.groups} groups leave {elements} value a group in x of shape {tuple(x.shape)}, which has"
+                " no spread; take fewer groups"
             )
         if not torch.compiler.is_compiling() and elements < 8:
             warnings.warn(
@@ -380,7 +376,10 @@ class EvoNormS1(_SampleLayer):
 
 
 class EvoNormS2(_SampleLayer):
-    """`weight * silu(x) / r_g + bias`, r_g the group's root mean square. Arguments, shapes and errors of `EvoNormS0`."""
+    """`weight * silu(x) / r_g + bias`, r_g the group's root mean square.
+
+    Arguments, shapes and errors of `EvoNormS0`.
+    """
 
     _centred = False
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -125,8 +125,8 @@ def stability_check(
     """Moves an untrained network's weights to where its gradient explodes; rejects a layer that lets it (Section 3.3).
 
     Ascends log ||d loss / d theta|| over the convolution weights theta on one fixed batch. Each tensor moves by
-    `learning_rate` times its own norm along its normalised gradient. This differentiates twice: a fused layer is refused
-    by autograd, so test its graph (`EVONORM_GRAPHS["S0"].to_module`).
+    `learning_rate` times its own norm along its normalised gradient. This differentiates twice, which autograd refuses
+    for a fused layer: test its graph (`EVONORM_GRAPHS["S0"].to_module`).
 
     Args:
         limit: gradient norms above it, or not finite, reject the layer.
@@ -303,7 +303,9 @@ class SearchResult:
         """Everything, to be kept and given to `evolve_norm_act(resume=SearchResult.from_json(...))`."""
         history = [
             {
-                "nodes": [[node.op, list(node.operands), *([node.over] if node.over else [])] for node in c.graph.nodes],
+                "nodes": [
+                    [node.op, list(node.operands), *([node.over] if node.over else [])] for node in c.graph.nodes
+                ],
                 "accuracies": list(c.accuracies),
                 "origin": c.origin,
             }
@@ -502,7 +504,10 @@ def rerank(
     learning_rate: float = 0.1,
     seed: int = 0,
 ) -> list[Candidate]:
-    """The candidates trained anew, on larger anchors or for longer, and sorted by mean accuracy (the search's last stage)."""
+    """The candidates trained anew, on larger anchors or for longer, the highest mean accuracy first.
+
+    This is the last stage of the paper's search, where the ten best are compared.
+    """
 
     def trained(graph: NormActGraph, anchor: Anchor) -> float:
         training = _Training(graph.to_module, anchor, data, batch_size, learning_rate, seed)

@@ -1,7 +1,8 @@
 """Put EvoNorm into a network in the place of its normalisations and the activations behind them.
 
-`replace_norm_act(model, EvoNormB0)` finds by data flow which activation follows which normalisation, puts one layer where
-the two stood, and says what it left alone and why. Liu et al. 2020, arXiv 2004.02967, Section 5 (how the layers are used).
+`replace_norm_act(model, EvoNormB0)` finds by data flow which activation follows which normalisation, puts one layer
+where the two stood, and says what it left alone and why.
+Liu, Brock, Simonyan, Le, "Evolving Normalization-Activation Layers", 2020, arXiv 2004.02967, Section 5.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lathe.core.dataflow import DataFlow
+from lathe.core.dataflow import REGISTERED, DataFlow
 from lathe.core.surgery import SwapReport, swap
 from lathe.nn.evonorm.layers import EvoNormB0, EvoNormB1, EvoNormB2, EvoNormS0, EvoNormS1, EvoNormS2
 
@@ -45,8 +46,25 @@ NORMS: tuple[type[nn.Module], ...] = (
 )
 # What functional activations are called in a traced or recorded forward.
 _FUNCTIONAL = frozenset(
-    "relu relu_ relu6 relu6_ leaky_relu leaky_relu_ prelu elu elu_ celu selu selu_ gelu silu silu_ mish mish_ hardswish "
-    "hardswish_ hardtanh hardtanh_ clamp clamp_ clamp_min clamp_min_ tanh tanh_ sigmoid sigmoid_ softplus".split()
+    name + ending
+    for name in (
+        *(
+            "relu",
+            "relu6",
+            "leaky_relu",
+            "prelu",
+            "elu",
+            "celu",
+            "selu",
+            "gelu",
+            "silu",
+            "mish",
+            "hardswish",
+            "hardtanh",
+        ),
+        *("clamp", "clamp_min", "tanh", "sigmoid", "softplus"),
+    )
+    for ending in ("", "_")
 )
 
 
@@ -111,6 +129,8 @@ def _activation_after(flow: DataFlow, norm: nn.Module, activations: tuple[type[n
     """An activation that takes the output of `norm` and cannot be removed, in words; None where there is none."""
     for region in flow.regions:
         for seen in region.flows:
+            if region.found_by == REGISTERED and id(norm) in seen.consumers:
+                return "what could only be guessed; pass example_input"
             for consumer in seen.consumers.get(id(norm), []):
                 if consumer.module is not None:
                     follower = flow.modules[consumer.module]
@@ -119,6 +139,4 @@ def _activation_after(flow: DataFlow, norm: nn.Module, activations: tuple[type[n
                         return f"{name} ({type(follower).__name__}), which is not its alone"
                 elif consumer.description in _FUNCTIONAL:
                     return f"the function {consumer.description}, which cannot be taken out of forward"
-                elif consumer.description == "elsewhere":
-                    return "what could not be traced; pass example_input"
     return None

@@ -106,19 +106,19 @@ def choose_terms(
 ) -> TermPlan:
     """Spends a budget of parameters where it lowers the error of the weights most.
 
-    Minimises the sum over layers of the squared relative errors of `ph_expand(model, n=n, terms=plan.terms)`. A layer's
-    next product lowers its error by its next singular value, and these fall: buying always the product with the largest
-    gain for its price is optimal but for the last purchase. A layer stays ordinary where that costs no more.
+    Minimises the sum over layers of the squared relative errors of `ph_expand(model, n=n, terms=plan.terms)`, which the
+    singular values of the rearranged weights tell beforehand. What has the largest gain for its price is bought first,
+    which is optimal but for the last purchases. A layer stays ordinary where that costs no more.
 
     Args:
-        parameters: of the whole network: a part of what it has where below 1, else a number.
+        parameters: of the whole network: a part of what it has up to 1, else a number.
         where: `where(name)`; false leaves a layer ordinary.
 
     Raises:
         ValueError: where one product a layer is already more than the budget.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    budget = int(parameters * total) if parameters < 1 else int(parameters)
+    budget = int(parameters * total) if parameters <= 1 else int(parameters)
     energies: dict[str, list[float]] = {}
     prices: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
@@ -143,25 +143,26 @@ def choose_terms(
         raise ValueError(f"parameters must leave room for one product a layer, {spent:,} in all, got {budget:,}")
 
     def offer(name: str) -> tuple[float, str, int, int]:
+        """The purchase with the largest gain for its price: one product more, several, or the layer as it is (0)."""
         product, plain = prices[name]
-        following = bought[name] + 1
-        if following * product < plain and following <= len(energies[name]):
-            return -energies[name][following - 1] / product, name, following, product
-        # No further product is cheaper than the layer itself, which has no error.
-        price = plain - bought[name] * product
-        return -sum(energies[name][bought[name] :]) / price, name, 0, price
+        energy, owned = energies[name], bought[name]
+        most = min(len(energy), (plain - 1) // product)
+        choices = [(m, (m - owned) * product, sum(energy[owned:m])) for m in range(owned + 1, most + 1)]
+        choices.append((0, plain - owned * product, sum(energy[owned:])))
+        count, price, gain = max(choices, key=lambda choice: choice[2] / choice[1])
+        return -gain / price, name, count, price
 
     offers = [offer(name) for name in bought]
     heapq.heapify(offers)
     while offers:
-        _, name, following, price = heapq.heappop(offers)
+        _, name, count, price = heapq.heappop(offers)
         if spent + price > budget:
             continue
         spent += price
-        if following == 0:
+        if count == 0:
             del bought[name]
         else:
-            bought[name] = following
+            bought[name] = count
             heapq.heappush(offers, offer(name))
     errors = {name: max(0.0, sum(energies[name][bought[name] :])) ** 0.5 if name in bought else 0.0 for name in prices}
     return TermPlan(bought, errors, spent)

@@ -33,7 +33,7 @@ OnIndivisible = Literal["raise", "skip", "largest"]
 Layer = TypeVar("Layer", bound="HypercomplexLayer")
 
 
-class Options(TypedDict, total=False):
+class AlgebraOptions(TypedDict, total=False):
     """What every hypercomplex layer takes beyond n and the replaced layer's arguments; see `HypercomplexLayer`."""
 
     terms: int | None
@@ -42,6 +42,11 @@ class Options(TypedDict, total=False):
     learn_algebra: bool | None
     share_algebra: bool
     init: Literal["matched", "he", "xavier"]
+
+
+class Options(AlgebraOptions, total=False):
+    """The same, with where and how the tensors are made."""
+
     device: Any
     dtype: torch.dtype | None
 

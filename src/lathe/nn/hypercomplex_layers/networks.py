@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lathe.nn.hypercomplex_layers.layers import Options, PHConv2d, PHLinear
+from lathe.nn.hypercomplex_layers.layers import AlgebraOptions, PHConv2d, PHLinear
 
 __all__ = ["PHResNet", "PHSEDNet", "ph_resnet", "ph_sednet", "ph_vgg", "to_hypercomplex"]
 
@@ -64,7 +64,7 @@ def ph_resnet(
     widths: Sequence[int] | None = None,
     blocks: Sequence[int] | None = None,
     bias: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[AlgebraOptions],
 ) -> PHResNet:
     """A residual network for small images: 3x3 first convolution of stride 1, no max-pooling, average pool, linear.
 
@@ -159,7 +159,7 @@ def ph_vgg(
     widths: Sequence[int] = (64, 128, 256, 512, 512),
     dropout: float = 0.5,
     bias: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[AlgebraOptions],
 ) -> nn.Sequential:
     """A VGG network with batch normalisation for images of 32 x 32: five stages, each halved by a max-pool.
 
@@ -198,7 +198,7 @@ def ph_sednet(
     pools: Sequence[int] = (8, 8, 2),
     hidden: int = 128,
     dropout: float = 0.05,
-    **options: Unpack[Options],
+    **options: Unpack[AlgebraOptions],
 ) -> PHSEDNet:
     """SEDnet: which sound events are audible at each time, from magnitude spectra of ambisonics recordings.
 
@@ -246,8 +246,12 @@ class PHSEDNet(nn.Module):
         return self.head(self.recurrent(features)[0])
 
 
-def _makers(n: int | None, options: Options) -> tuple[Make, Make]:
+def _makers(n: int | None, options: AlgebraOptions) -> tuple[Make, Make]:
     """How convolutions and linear layers are made."""
+    if misplaced := {"device", "dtype"} & set(options):
+        raise TypeError(
+            f"a network takes no {', '.join(sorted(misplaced))}: use `with torch.device(...)` or `.to(...)`"
+        )
     if n is None:
         if options:
             raise ValueError(f"an ordinary network (n = None) takes no options, got {', '.join(options)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Inexact
@@ -59,7 +59,7 @@ class _Level(nn.Module):
 
 
 class _MultigridConv(nn.Module):
-    """A linear operator W from `in_channels` to `out_channels` grid functions: one multigrid cycle, all kernels learned.
+    """A linear operator from `in_channels` to `out_channels` grid functions: one multigrid cycle of learned kernels.
 
     On level l (0 is the finest) with nu_l steps before and nu'_l steps after the coarser levels:
 
@@ -75,21 +75,21 @@ class _MultigridConv(nn.Module):
         in_channels: channels of f.
         out_channels: channels of u.
         levels: number of grids; each has half the points of the finer one.
-        steps: instead of `levels`, `pre`, `post`, `coarse`: smoothing steps `(before, after)` of each level, finest first.
+        steps: instead of `levels`, `pre`, `post`, `coarse`: smoothing steps `(before, after)` by level, finest first.
         pre: smoothing steps before the coarser levels.
         post: smoothing steps after them.
         coarse: smoothing steps on the coarsest level.
         residual: restrict f - A u (the true cycle, default) or f alone (the authors' code).
         transfer: the coarser level's guess: `"pi"`, a learned Pi u, or `"zero"`.
-        kernel_size: size of S and A, odd; R and Pi have 3 taps an axis, P has 4 (offsets -1..2 around the coarse point).
-        padding_mode: `"zeros"` (Dirichlet), `"circular"` (periodic; P wraps too), `"reflect"` (Neumann) or `"replicate"`.
+        kernel_size: of S and A, odd; R and Pi have 3 taps an axis, P has 4 (offsets -1..2 around the coarse point).
+        padding_mode: `"zeros"` (Dirichlet), `"circular"` (periodic; P wraps too), `"reflect"` (Neumann), `"replicate"`.
         transfer_padding: 1: n -> ceil(n/2) points, coarse point j over fine point 2j; 0: n -> (n-1)//2, coarse j over
-            fine 2j+1, the nested interior nodes of a Dirichlet problem (and the Helmholtz networks' 101, 50, 24, 11, 5).
+            fine 2j+1, the nested interior nodes of a Dirichlet problem (and the Helmholtz networks' 101, 50, 24, ...).
         bias: biases in S and A make the operator affine.
         norm: `"layer"` normalises over channels and points after each u + P u'' with an affine map per channel; the
             Navier-Stokes and Helmholtz variants of the authors' code. The layer is then no longer linear.
         share_operator: one A for all uses on a level.
-        cycle: `"v"`, or `"w"`, which visits each level but the coarsest two twice from the one above, with the same kernels.
+        cycle: `"v"`, or `"w"`, which visits each level but the coarsest twice from the one above, same kernels.
         widen: level l has `1 + widen * l` times the channels; 1 is the wide Helmholtz variant.
         recompute: keep only f and u of each step for the backward pass and recompute f - A u there: less memory, one
             more convolution a step.
@@ -154,7 +154,10 @@ class _MultigridConv(nn.Module):
             uses = before + after - self._from_zero(l) + (residual and not coarsest)
             level = _Level(
                 [_Kernel((c_u, c_f, *kernel), c_u * bias, factory) for _ in range(before + after)],
-                [_Kernel((c_f, c_u, *kernel), c_f * bias, factory) for _ in range(min(uses, 1) if share_operator else uses)],
+                [
+                    _Kernel((c_f, c_u, *kernel), c_f * bias, factory)
+                    for _ in range(min(uses, 1) if share_operator else uses)
+                ],
             )
             if not coarsest:
                 wide_f, wide_u = in_channels * (1 + widen * (l + 1)), out_channels * (1 + widen * (l + 1))
@@ -190,19 +193,20 @@ class _MultigridConv(nn.Module):
 
     @classmethod
     def from_trained(cls: type[_Layer], conv: nn.Module, *, levels: int | None = None, **options: Any) -> _Layer:
-        """As `like`, starting as exactly the trained `conv`: its filters are S_1, and what would be added to u starts at 0.
+        """As `like`, starting as exactly the trained `conv`: its filters are S_1, and all that is added to u is 0.
 
         The coarser levels take part from the first gradient step on, through P.
         """
         layer = cls.like(conv, levels=levels, **options)
-        if layer.levels[0].norm is not None:
+        finest = cast(_Level, layer.levels[0])
+        if finest.norm is not None:
             raise ValueError("from_trained needs norm=None: a normalised cycle cannot equal a convolution")
         with torch.no_grad():
-            first, *others = layer.levels[0].smoothers
-            first.weight.copy_(conv.weight)
+            first, *others = cast("list[_Kernel]", list(finest.smoothers))
+            first.weight.copy_(cast(Tensor, conv.weight))
             if first.bias is not None:
-                first.bias.copy_(conv.bias)
-            for kernel in [*others, layer.levels[0].prolongation]:
+                first.bias.copy_(cast(Tensor, conv.bias))
+            for kernel in [*others, finest.prolongation]:
                 for parameter in kernel.parameters() if kernel is not None else ():
                     parameter.zero_()
         return layer
@@ -250,10 +254,7 @@ class _MultigridConv(nn.Module):
 
     def forward(self, f: Inexact[Tensor, "batch in_channels *grid"]) -> Inexact[Tensor, "batch out_channels *grid"]:
         self._check_input(f)
-        if f.device.type == "cpu" and self.ndim in _CHANNELS_LAST:
-            # oneDNN's convolutions of few channels run up to twice as fast in this order, without reordering.
-            f = f.contiguous(memory_format=_CHANNELS_LAST[self.ndim])
-        return self._visit(0, f, None)
+        return self._visit(0, channels_last(f), None)
 
     def as_matrix(self, *grid: int) -> Inexact[Tensor, "outputs inputs"]:
         """The linear part of the operator on a grid as a matrix: `(out_channels * points, in_channels * points)`.
@@ -262,7 +263,7 @@ class _MultigridConv(nn.Module):
         """
         self._check_linear("as_matrix")
         grid = grid * self.ndim if len(grid) == 1 else grid
-        weight = self.levels[0].smoothers[0].weight
+        weight = self._first_weight
         count = self.in_channels * math.prod(grid)
         units = torch.eye(count, dtype=weight.dtype, device=weight.device).reshape(count, self.in_channels, *grid)
         return (self(units) - self(torch.zeros_like(units[:1]))).reshape(count, -1).T
@@ -282,11 +283,11 @@ class _MultigridConv(nn.Module):
 
     def _visit(self, l: int, f: Tensor, u: Tensor | None) -> Tensor:
         """The cycle from level l down and back: u near W_l f, from the guess u (None is zero)."""
-        level = self.levels[l]
+        level = cast(_Level, self.levels[l])
         before, after = self.steps[l]
         use = 0  # how many of the level's operators are behind us
         for i in range(before):
-            u = self._step(level.smoothers[i], None if u is None else self._operator(level, use), f, u)
+            u = self._step(cast(_Kernel, level.smoothers[i]), None if u is None else self._operator(level, use), f, u)
             use += i > 0 or not self._from_zero(l)
         if l < len(self.steps) - 1:
             assert u is not None  # the constructor makes sure of a first step
@@ -298,13 +299,13 @@ class _MultigridConv(nn.Module):
                     u = level.norm(u)
             use += self.residual
         for i in range(before, before + after):
-            u = self._step(level.smoothers[i], self._operator(level, use), f, u)
+            u = self._step(cast(_Kernel, level.smoothers[i]), self._operator(level, use), f, u)
             use += 1
         assert u is not None
         return u
 
     def _operator(self, level: _Level, use: int) -> _Kernel:
-        return level.operators[0 if self.share_operator else use]  # type: ignore[return-value]
+        return cast(_Kernel, level.operators[0 if self.share_operator else use])
 
     def _step(self, smoother: _Kernel, operator: _Kernel | None, f: Tensor, u: Tensor | None) -> Tensor:
         if u is None or operator is None:
@@ -337,7 +338,7 @@ class _MultigridConv(nn.Module):
         return _CONV[self.ndim](padded, kernel.weight, stride=2, padding=padding)
 
     def _prolong(self, level: _Level, coarse: Tensor, u: Tensor) -> Tensor:
-        """u + P coarse: coarse point j reaches the fine points -1..2 around its own; what falls off the grid is cut or wraps."""
+        """u + P coarse: coarse point j reaches points -1..2 around its own; what leaves the grid is cut, or wraps."""
         wraps = self.padding_mode == "circular"
         assert level.prolongation is not None
         fine = _CONV_TRANSPOSE[self.ndim](
@@ -354,7 +355,8 @@ class _MultigridConv(nn.Module):
 
     def _conv(self, padded: Tensor, kernel: _Kernel, size: tuple[int, ...], sign: int = 1) -> Tensor:
         """The convolution with sign * kernel; the sign goes to the few weights, not to the field."""
-        weight, bias = kernel.weight, kernel.bias
+        weight: Tensor = kernel.weight
+        bias: Tensor | None = kernel.bias
         if sign < 0:
             weight, bias = -weight, None if bias is None else -bias
         padding = tuple(n // 2 for n in size) if self.padding_mode == "zeros" else 0
@@ -374,6 +376,10 @@ class _MultigridConv(nn.Module):
 
     def _from_zero(self, l: int) -> bool:
         return l == 0 or self.transfer == "zero"
+
+    @property
+    def _first_weight(self) -> Tensor:
+        return cast(_Kernel, cast(_Level, self.levels[0]).smoothers[0]).weight
 
     def _check_linear(self, name: str) -> None:
         if self.levels[0].norm is not None:
@@ -396,8 +402,8 @@ class _MultigridConv(nn.Module):
         needed = {"reflect": radius + 1, "circular": radius}.get(self.padding_mode, 1)
         if coarsest < needed:
             raise ValueError(
-                f"padding_mode={self.padding_mode!r} with kernel_size {self.kernel_size} needs at least {needed} points on the "
-                f"coarsest level, got {coarsest} for a grid of {tuple(f.shape[2:])} points and {count} levels"
+                f"padding_mode={self.padding_mode!r} with kernel_size {self.kernel_size} needs at least "
+                f"{needed} points on the coarsest level, got {coarsest} for a grid of {tuple(f.shape[2:])} points and {count} levels"
             )
 
     def extra_repr(self) -> str:
@@ -435,7 +441,9 @@ def _check_options(
     if not steps or any(min(pair) < 0 for pair in steps):
         raise ValueError(f"steps must name a pair of non-negative counts a level, got {steps}")
     if steps[0][0] < 1:
-        raise ValueError(f"steps must start with a smoothing step on the finest level, which has no guess yet, got {steps}")
+        raise ValueError(
+            f"steps must start with a smoothing step on the finest level, which has no guess yet, got {steps}"
+        )
     if steps[-1][1]:
         raise ValueError(f"steps must have no steps after the coarsest level, got {steps}")
     if transfer == "zero" and min(before for before, _ in steps) < 1:
@@ -452,11 +460,21 @@ def _check_options(
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
     if padding_mode == "circular" and not transfer_padding:
-        raise ValueError("transfer_padding=0 cuts the border off, which a periodic grid (padding_mode='circular') has not")
+        raise ValueError("transfer_padding=0 cuts a border off, but a periodic grid (padding_mode='circular') has none")
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """On the CPU, `x` with its channels innermost: oneDNN convolves few channels up to twice as fast in that order."""
+    if x.device.type != "cpu" or x.ndim - 2 not in _CHANNELS_LAST:
+        return x
+    if x.shape[1] == 1:
+        # One channel lies in both orders; only its strides tell the convolution which one is meant.
+        return x.contiguous().view(x.shape[0], *x.shape[2:], 1).movedim(-1, 1)
+    return x.contiguous(memory_format=_CHANNELS_LAST[x.ndim - 2])
 
 
 def _wrap(fine: Tensor, axis: int, size: int) -> Tensor:
-    """Points -1..m of a periodic axis folded onto 0..size-1: the exact transpose of a circularly padded stride-2 read."""
+    """Points -1..m of a periodic axis folded onto 0..size-1: the transpose of a circularly padded stride-2 read."""
     body = fine.narrow(axis, 1, size).clone()
     body.narrow(axis, size - 1, 1).add_(fine.narrow(axis, 0, 1))
     beyond = fine.shape[axis] - 1 - size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from jaxtyping import Inexact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lathe.operators.multigrid_operator.cycle import MultigridConv1d, MultigridConv2d, MultigridConv3d
+from lathe.operators.multigrid_operator.cycle import MultigridConv1d, MultigridConv2d, MultigridConv3d, channels_last
 
 __all__ = ["MgNO", "rollout"]
 
@@ -85,13 +86,15 @@ class MgNO(nn.Module):
         levels = None if "steps" in options else levels
         cycle, pointwise = _CYCLES[ndim], _POINTWISE[ndim]
         widths = [in_channels] + [channels] * depth
-        factory = {"device": options.get("device"), "dtype": options.get("dtype")}
+        factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.activation, self.residual_output = activation, residual_output
-        self.cycles = nn.ModuleList(cycle(a, b, levels, **options) for a, b in zip(widths, widths[1:]))
+        self.cycles = nn.ModuleList(cycle(a, b, levels, **options) for a, b in itertools.pairwise(widths))
         self.skips = nn.ModuleList(
-            pointwise(a, b, 1, **factory) if skip else nn.Identity() for a, b in zip(widths, widths[1:])
+            pointwise(a, b, 1, **factory) if skip else nn.Identity() for a, b in itertools.pairwise(widths)
         )
-        self.norms = nn.ModuleList(nn.GroupNorm(1, channels, **factory) if norm_layers else nn.Identity() for _ in self.cycles)
+        self.norms = nn.ModuleList(
+            nn.GroupNorm(1, channels, **factory) if norm_layers else nn.Identity() for _ in self.cycles
+        )
         self.head = (
             pointwise(channels, out_channels, 1, bias=False, **factory)
             if head == "pointwise"
@@ -107,6 +110,7 @@ class MgNO(nn.Module):
         sigma = _ACTIVATIONS[self.activation]
         v = a
         for cycle, skip, norm in zip(self.cycles, self.skips, self.norms):
+            v = channels_last(v)  # one copy at most, for the cycle and the skip
             w = cycle(v)
             v = sigma(norm(skip(v).add_(w) if self.skip else w))
         u = self.head(v)

@@ -49,7 +49,9 @@ def plant(
     if tuple(stencil.shape) != (3,) * d or stencil[(1,) * d] == 0:
         raise ValueError(f"stencil must have 3 entries on {d} axes and a centre that is not 0, got {stencil.tolist()}")
     if not layer.residual or any(level.norm is not None for level in layer.levels):
-        raise ValueError("layer must have residual=True and norm=None: a classical cycle restricts the residual, unscaled")
+        raise ValueError(
+            "layer must have residual=True and norm=None: a classical cycle restricts the residual, unscaled"
+        )
     if min(layer.kernel_size) < 3:
         raise ValueError(f"layer must have a kernel_size of at least 3, got {layer.kernel_size}")
     if smoother not in ("jacobi", "spai"):
@@ -142,7 +144,7 @@ class Solved:
 @torch.no_grad()
 def flexible_cg(
     apply_fn: Callable[[Tensor], Tensor],
-    b: Inexact[Tensor, "batch *rest"],
+    b: Inexact[Tensor, batch * rest],
     precondition: Callable[[Tensor], Tensor] | None = None,
     *,
     tol: float = 1e-8,
@@ -232,4 +234,4 @@ def _plant_channel(kernel: nn.Module, taps: Tensor) -> None:
     if kernel.bias is not None:
         kernel.bias[0] = 0
     inside = tuple(slice((size - 3) // 2, (size + 3) // 2) for size in kernel.weight.shape[2:])
-    kernel.weight[(0, 0, *inside)] = taps.to(kernel.weight)
+    kernel.weight[0, 0][inside] = taps.to(kernel.weight)

@@ -69,14 +69,13 @@ def retrieval_scores(
         among = targets[own] @ targets.mT
         true = to_found.gather(1, torch.arange(own.start, own.stop, device=targets.device)[:, None])
         (near, found), (_, neighbours) = largest(to_found, k), largest(among, k)
-        rank = _middle_rank(near, true)
+        rank = middle_rank(near, true)
         # Above the k-th value the k nearest tell the rank; the whole row is counted for the others only.
         beyond = (true <= near.amin(1, keepdim=True))[:, 0].nonzero()[:, 0]
-        rank[beyond] = _middle_rank(to_found[beyond], true[beyond])
+        rank[beyond] = middle_rank(to_found[beyond], true[beyond])
         score = 1 / rank
         reciprocal += float((score * (rank <= k) if truncate else score).sum())
-        shared = (found[:, :, None] == neighbours[:, None, :]).sum((1, 2)).double()
-        overlap += float((shared / (2 * k - shared)).sum())
+        overlap += float(jaccard(found, neighbours).sum())
     cosine = float((queries * targets).sum(1).mean(dtype=torch.float64))
     return {"jaccard": overlap / items, "mrr": reciprocal / items, "cosine": cosine}
 
@@ -103,7 +102,13 @@ def largest(
     return best.values, candidates.gather(1, best.indices)
 
 
-def _middle_rank(values: Tensor, true: Tensor) -> Tensor:
+def jaccard(one: Int[Tensor, "rows k"], other: Int[Tensor, "rows k"]) -> Float[Tensor, " rows"]:
+    """Share of common members of two sets of `k` each, row by row: |A and B| / |A or B|."""
+    shared = (one[:, :, None] == other[:, None, :]).sum((1, 2)).double()
+    return shared / (2 * one.shape[1] - shared)
+
+
+def middle_rank(values: Float[Tensor, "rows columns"], true: Float[Tensor, "rows 1"]) -> Float[Tensor, " rows"]:
     """Rank of `true` among each row's values, which hold it; ties count half."""
     return (values > true).sum(1).double() + ((values == true).sum(1).double() + 1) / 2
 

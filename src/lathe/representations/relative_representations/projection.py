@@ -214,10 +214,11 @@ def _prepared(measure: str | Measure, anchors: Tensor) -> Callable[[Tensor], Ten
 def _cosine(x: Tensor, unit_anchors: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     _warn_of_zeros(norm, "a sample")
-    similarities = F.linear(x, unit_anchors)
-    # Scaling the product instead of x saves a copy of x; in place where nobody needs the product again.
     norm = norm.clamp_min(NORM_FLOOR)
-    return similarities / norm if similarities.requires_grad else similarities.div_(norm)
+    if not (torch.is_grad_enabled() and (x.requires_grad or unit_anchors.requires_grad)):
+        return F.linear(x, unit_anchors).div_(norm)  # scaling the product saves a copy of x
+    # With a gradient both ways keep a second matrix for it: the narrower one.
+    return F.linear(x / norm, unit_anchors) if x.shape[-1] < len(unit_anchors) else F.linear(x, unit_anchors) / norm
 
 
 def _distances(x: Tensor, anchors: Tensor, order: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -93,7 +94,13 @@ class Study:
             raise ValueError(f"study {self.slug} has two claims {id!r}")
 
         def declare(measure: Callable[[Run], Measurement]) -> Callable[[Run], Measurement]:
-            self.claims[id] = Claim(id, text, paper, holds, measure, kind, unit, dict(also or {}))
+            claim = Claim(id, text, paper, holds, measure, kind, unit, dict(also or {}))
+            # In the order of the paper's sheet, wherever the file declares them: C2, C2a, C10.
+            self.claims = dict(sorted({**self.claims, id: claim}.items(), key=lambda item: _natural(item[0])))
             return measure
 
         return declare
+
+
+def _natural(id: str) -> list[tuple[int, str]]:
+    return [(int(digits or 0), rest) for digits, rest in re.findall(r"(\d*)(\D*)", id)]

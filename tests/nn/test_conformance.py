@@ -1,0 +1,171 @@
+"""Every layer of `lathe.nn` through the shared checks, and by `swap` into networks that were not made for it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from conformance import check_compiles, check_layer
+from torch import nn
+from torch.nn import functional as F
+
+from lathe.core.surgery import swap
+from lathe.nn import evonorm, hypercomplex_layers
+
+NORMS = [getattr(evonorm, f"EvoNorm{name}") for name in ("B0", "B1", "B2", "S0", "S1", "S2")]
+CONVOLUTIONS = [getattr(hypercomplex_layers, f"PHConv{way}{axes}d") for way in ("", "Transpose") for axes in (1, 2, 3)]
+IMAGE = torch.randn(3, 8, 5, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("layer", NORMS)
+def test_evonorm_layers_do_what_every_layer_does(layer):
+    wrong = [IMAGE[:, :7], IMAGE[0, 0, 0]]
+    check_layer(lambda: layer(8), IMAGE, wrong_inputs=wrong, gradcheck_input=IMAGE[:2, :, :2, :3])
+
+
+@pytest.mark.parametrize("options", [{"nonlinear": False}, {"nonlinear": False, "linear": "group"}, {"group_size": 2}])
+def test_evonorm_variants_do_what_every_layer_does(options):
+    check_layer(lambda: evonorm.EvoNormS0(8, **options), IMAGE, gradcheck_input=IMAGE[:2, :, :2, :3])
+
+
+@pytest.mark.parametrize("options", [{}, {"algebra": "quaternion"}, {"rank": 1, "terms": 3}])
+def test_hypercomplex_linear_layers_do_what_every_layer_does(options):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    make = lambda: hypercomplex_layers.PHLinear(8, 12, n=4, **options)  # noqa: E731
+    check_layer(make, x, wrong_inputs=[x[:, :7], x[0, 0]])
+    check_layer(make, x[:, None].expand(3, 2, 8))
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS)
+def test_hypercomplex_convolutions_do_what_every_layer_does(layer):
+    axes = int(layer.__name__[-2])
+    x = torch.randn(2, 8, *(5, 4, 3)[:axes], generator=torch.Generator().manual_seed(0))
+    make = lambda: layer(8, 4, 3, stride=2, padding=1, groups=2, n=2)  # noqa: E731
+    check_layer(make, x, wrong_inputs=[x[:, :7], x[0, 0], x[None, None]])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("layer", [evonorm.EvoNormB0, evonorm.EvoNormS0, evonorm.EvoNormS2])
+def test_evonorm_layers_compile(layer):
+    check_compiles(lambda: layer(8), IMAGE)
+
+
+@pytest.mark.compile
+def test_hypercomplex_layers_compile():
+    check_compiles(lambda: hypercomplex_layers.PHLinear(8, 12, n=4), IMAGE[:, :, 0, 0])
+    check_compiles(lambda: hypercomplex_layers.PHConv2d(8, 4, 3, n=4), IMAGE)
+
+
+# --- networks not made for them ---
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bn1, self.relu1, self.conv1 = nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
+        self.bn2, self.relu2, self.conv2 = nn.BatchNorm2d(width), nn.ReLU(True), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(self.relu2(self.bn2(self.conv1(self.relu1(self.bn1(x))))))
+
+
+def residual_network():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), ResidualBlock(8), ResidualBlock(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    return net, torch.randn(2, 3, 10, 10)
+
+
+def vision_transformer():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_labels=4,
+    )
+    return transformers.ViTForImageClassification(config), torch.randn(2, 3, 8, 8)
+
+
+def language_model():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config), torch.arange(12).view(2, 6)
+
+
+def trains(net: nn.Module, x: torch.Tensor) -> None:
+    """A few steps of gradient descent lower the loss, and every parameter takes part."""
+
+    def loss():
+        output = net(x)
+        logits = getattr(output, "logits", output).flatten(0, -2)
+        return F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[-1])
+
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    first = loss()
+    first.backward()
+    assert [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
+    for _ in range(15):
+        optimizer.step()
+        optimizer.zero_grad()
+        last = loss()
+        last.backward()
+    assert float(last.detach()) < float(first.detach())
+
+
+@pytest.mark.parametrize("layer", NORMS)
+def test_evonorm_replaces_norm_and_activation_of_a_residual_network(layer):
+    net, x = residual_network()
+    report = swap(net, {(nn.BatchNorm2d, nn.ReLU): lambda norm, relu: layer.like(norm)})
+    assert len(report.replaced) == 4
+    assert not any(isinstance(module, (nn.BatchNorm2d, nn.ReLU)) for module in net.modules())
+    trains(net, x)
+
+
+@pytest.mark.parametrize("make", [residual_network, vision_transformer, language_model])
+def test_hypercomplex_layers_replace_the_weights_of_any_network(make):
+    net, x = make()
+    before = sum(parameter.numel() for parameter in net.parameters())
+    rules = {
+        nn.Linear: partial(hypercomplex_layers.PHLinear.like, n=2, on_indivisible="skip"),
+        nn.Conv2d: partial(hypercomplex_layers.PHConv2d.like, n=2, on_indivisible="skip"),
+    }
+    report = swap(net, rules, where=lambda name: name != "lm_head", example_input=x)
+    assert len(report.replaced) == {"residual_network": 5, "vision_transformer": 13, "language_model": 0}[make.__name__]
+    assert sum(parameter.numel() for parameter in net.parameters()) < before or make is language_model
+    trains(net, x)
+
+
+def test_the_matrices_of_a_language_model_become_hypercomplex():
+    net, x = language_model()
+    conv1d = type(net.transformer.h[0].mlp.c_fc)
+    like = hypercomplex_layers.PHLinear.like
+
+    def rule(matrix):
+        inputs, outputs = matrix.weight.shape
+        return like(nn.Linear(inputs, outputs), n=4)
+
+    report = swap(net, {conv1d: rule})
+    assert len(report.replaced) == 8
+    trains(net, x)
+
+
+def test_trained_hypercomplex_layers_with_all_terms_change_no_output():
+    for make in (residual_network, vision_transformer):
+        net, x = make()
+        net.eval()
+        answer = lambda net=net, x=x: getattr(net(x), "logits", None) if make is vision_transformer else net(x)  # noqa: B023, E731
+        before = answer()
+        rules = {nn.Linear: partial(hypercomplex_layers.PHLinear.from_trained, n=2, terms=4, on_indivisible="skip")}
+        assert swap(net, rules).replaced
+        torch.testing.assert_close(answer(), before, rtol=1e-4, atol=1e-5)

@@ -9,9 +9,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 run: $(VENV)/ready            ## every study at smoke scale, then the gallery in site/
 	$(BIN)/lathe run
 
-test: $(VENV)/ready           ## all tests; first with shapes checked, then those that compile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not compile"
-	OMP_NUM_THREADS=1 LATHE_SHAPE_CHECKS=0 $(BIN)/python -m pytest -n auto -m compile
+test: $(VENV)/ready           ## all tests: with shapes checked, then those that compile or take times
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not compile and not timed"
+	OMP_NUM_THREADS=1 LATHE_SHAPE_CHECKS=0 $(BIN)/python -m pytest -m "compile or timed"
 
 lint: $(VENV)/ready           ## ruff, mypy and the import contract
 	$(BIN)/ruff check .

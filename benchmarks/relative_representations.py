@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lathe.representations.relative_representations import RelativeRepresentation, retrieval_scores, select_anchors
-from lathe.representations.relative_representations.comparison import jaccard, largest, middle_rank
+from lathe.representations.relative_representations.comparison import jaccard, middle_rank
 
 
 class Normalization(Enum):
@@ -52,12 +52,16 @@ class AuthorsProjection(nn.Module):
 Found = list[dict[str, float]]  # for each word its neighbours, nearest first, with their similarity
 
 
-def search(words: list[str], table: torch.Tensor, queries: torch.Tensor, k: int) -> Found:
-    """What an exact index answers: all queries at once, then the answer by name."""
-    best = (F.normalize(queries, dim=-1) @ F.normalize(table, dim=-1).T).topk(k)
+def search_by_chunks(queries: torch.Tensor, table: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Similarities and places of the nearest `k`, nearest first."""
+    best = [(part @ table.T).topk(k) for part in queries.split(1000)]
+    return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+
+
+def by_name(words: list[str], values: torch.Tensor, indices: torch.Tensor) -> Found:
+    """The answer of a search as dictionaries."""
     return [
-        {words[i]: value for i, value in zip(row, values)}
-        for row, values in zip(best.indices.tolist(), best.values.tolist())
+        {words[i]: value for i, value in zip(places, row)} for places, row in zip(indices.tolist(), values.tolist())
     ]
 
 
@@ -140,31 +144,42 @@ def pairs() -> list[Pair]:
         )
     )
 
-    items, k = 5_000, 10
-    space = gaussian(items, 300)
-    other = space + 3.0 * gaussian(items, 300)
-    words = [f"w{i}" for i in range(items)]
-    target_found, query_found = search(words, other, other, k), search(words, other, space, k)
-    similarities = F.normalize(space, dim=-1) @ F.normalize(other, dim=-1).T
-    true = similarities.diagonal()[:, None]
-    near, near_index = largest(similarities, k)
-    neighbours = largest(F.normalize(other, dim=-1) @ F.normalize(other, dim=-1).T, k)[1]
+    # The paper's 20,000 words. Neighbours are found once, in few dimensions; what is timed is what comes after.
+    words, k = [f"w{i}" for i in range(20_000)], 10
+    target = F.normalize(gaussian(20_000, 16), dim=-1)
+    query = F.normalize(target + 0.2 * gaussian(20_000, 16), dim=-1)
+    near, near_index = search_by_chunks(query, target, k)
+    neighbours = search_by_chunks(target, target, k)[1]
+    target_found = by_name(words, *search_by_chunks(target, target, k))
+    query_found = by_name(words, near, near_index)
+    # An item that is found has its similarity among the values; one that is not lies below them all.
+    own = near_index == torch.arange(len(words))[:, None]
+    true = torch.where(own.any(1), near.masked_fill(~own, -2).amax(1), -1.0)[:, None]
 
     def metrics() -> dict[str, float]:
         rank = middle_rank(near, true)
-        inside = (true >= near.amin(1, keepdim=True))[:, 0]
+        inside = (true >= near[:, -1:])[:, 0]
         return {
             "jaccard": float(jaccard(near_index, neighbours).mean()),
             "mrr": float((inside / rank).mean()),
         }
 
+    space = gaussian(5_000, 300)
+    other = space + 3.0 * gaussian(5_000, 300)
+
     def whole() -> dict[str, float]:
         scores = retrieval_scores(space, other, k, truncate=True)
         return {name: scores[name] for name in ("jaccard", "mrr")}
 
+    def whole_word_by_word() -> dict[str, float]:
+        table, queries = F.normalize(other, dim=-1), F.normalize(space, dim=-1)
+        names = words[:5_000]
+        found_of_both = (by_name(names, *search_by_chunks(side, table, k)) for side in (table, queries))
+        return metrics_word_by_word(names, *found_of_both)
+
     found += [
         Pair(
-            f"Jaccard and MRR from given neighbours, {items:,} words, k = {k}",
+            "Jaccard and MRR from given neighbours, 20,000 words, k = 10",
             ours=metrics,
             peer=lambda: metrics_word_by_word(words, target_found, query_found),
             peer_name="word by word in dictionaries",
@@ -172,10 +187,10 @@ def pairs() -> list[Pair]:
             tolerance=1e-4,
         ),
         Pair(
-            f"Jaccard and MRR with the search, {items:,} words of 300",
+            "Jaccard and MRR with the search, 5,000 words of 300, k = 10",
             ours=whole,
-            peer=lambda: metrics_word_by_word(words, search(words, other, other, k), search(words, other, space, k)),
-            peer_name="all similarities at once, then dictionaries",
+            peer=whole_word_by_word,
+            peer_name="search in chunks, then dictionaries",
             target=1.0,
             tolerance=1e-4,
         ),

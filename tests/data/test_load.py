@@ -7,6 +7,7 @@ import io
 import json
 import os
 import socket
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,30 @@ def test_an_archive_that_leads_out_of_its_folder_is_refused(tiny, places, site, 
     assert not list(places.rglob("evil")) and not Path("/evil").exists() and not list(places.rglob("t.parquet"))
 
 
+def test_a_scene_is_fetched_where_the_mirror_has_small_views_only(places, site, monkeypatch):
+    def scene(size: int) -> dict[str, bytes]:
+        frames, files = [], {}
+        for number in range(16):
+            frames.append({"file_path": f"./train/r_{number}", "transform_matrix": np.eye(4).tolist()})
+            buffer = io.BytesIO()
+            Image.fromarray(np.full((size, size, 4), number, dtype=np.uint8)).save(buffer, "PNG")
+            files[f"train/r_{number}.png"] = buffer.getvalue()
+        return files | {"transforms_train.json": json.dumps({"camera_angle_x": 0.7, "frames": frames}).encode()}
+
+    content = zipped({f"wrapped/scenes/lego/{name}": part for name, part in scene(800).items()} | {"other": b""})
+    lego = SETS["lego"]
+    source = replace(lego.files[0], url=site.file("/l.zip", content), inside="scenes/lego/")
+    splits = {name: replace(split, files=(source,), count=None) for name, split in lego.splits.items()}
+    monkeypatch.setitem(SETS, "lego", replace(lego, splits=splits))
+    for name, part in scene(100).items():
+        put(places / "mirror" / "nerf_synthetic" / "lego_100" / name, part)
+    assert data.load("lego").images.shape == (14, 4, 100, 100)
+    assert data.load("lego", "test", resolution=25).images.shape == (2, 4, 25, 25) and not site.requests
+    data.get("lego")
+    assert len(site.requests) == 1 and data.load("lego", "test", resolution=400).images.shape == (2, 4, 400, 400)
+    assert data.get("lego") and len(site.requests) == 1
+
+
 @pytest.mark.parametrize("variable", ["LATHE_OFFLINE", "HF_HUB_OFFLINE"])
 @pytest.mark.parametrize("hub", [None, ("someone/tiny", "0" * 40)])
 def test_offline_never_touches_the_network(tiny, places, site, monkeypatch, variable, hub):
@@ -221,6 +246,19 @@ def test_sets_of_the_hub_come_through_its_client(tiny, places, site, monkeypatch
     change(monkeypatch, bad)
     with pytest.raises(data.DataUnavailable, match="not the expected file"):
         data.load("tiny")
+
+
+def test_a_hub_that_is_not_there_is_told_at_once(tiny, places, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(places / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    change(monkeypatch, replace(tiny, hub=("someone/tiny", "3" * 40)))
+    began = time.monotonic()
+    with pytest.raises(data.DataUnavailable, match=r"lathe data get tiny .*cannot be reached") as raised:
+        data.load("tiny")
+    assert time.monotonic() - began < 5 and "\n" not in str(raised.value)
 
 
 # What is asked for

@@ -430,6 +430,19 @@ def test_under_autocast_the_weight_is_made_in_float32_and_rounded_once():
         assert layer.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_weights_of_half_precision_layers_are_rounded_once(rank):
+    layer = PHConv2d(16, 16, 3, n=4, rank=rank, dtype=torch.bfloat16)
+    wide = copy.deepcopy(layer).double().weight
+    assert layer.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(layer.weight, wide.bfloat16(), rtol=2**-7, atol=1e-6)
+    assert layer(torch.randn(1, 16, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    low = PHConv2d(16, 16, 3, n=4, rank=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = low.weight
+    assert torch.equal(under, low.weight)
+
+
 def test_state_dicts_go_round_also_with_a_fixed_algebra(tmp_path):
     first, second = (PHLinear(8, 8, n=4, algebra="quaternion") for _ in range(2))
     assert {name for name, _ in first.named_parameters()} == {"F", "bias"}

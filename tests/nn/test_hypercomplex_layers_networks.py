@@ -228,6 +228,14 @@ def test_budgets_as_parts_reach_from_one_product_to_the_network_itself():
         choose_terms(model, n=4, parameters=0.05)
 
 
+def test_tied_weights_are_no_saving_and_stay():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    plan = choose_terms(model, n=2, parameters=0.8)
+    assert set(plan.terms) == {"2"}
+    assert count(ph_expand(model, n=2, terms=plan.terms)) == plan.parameters
+
+
 def test_algebras_are_not_decayed():
     model = nn.Sequential(PHLinear(8, 8), nn.BatchNorm1d(8), PHLinear(8, 8, algebra="quaternion"), nn.Linear(8, 2))
     decayed, algebras = param_groups(model, 5e-4)

@@ -424,7 +424,8 @@ def test_rollout_repeats_the_model(rng):
 
 
 @pytest.mark.compile
-def test_network_compiles_to_the_same_function(rng):
-    net = MgNO(1, 1, 4, 1, 3)
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_network_compiles_to_the_same_function(padding_mode, rng):
+    net = MgNO(1, 1, 4, 1, 3, padding_mode=padding_mode)
     x = randn(2, 1, 16, 16, rng=rng, dtype=torch.float32)
     torch.testing.assert_close(torch.compile(net, fullgraph=True)(x), net(x), rtol=1e-4, atol=1e-5)

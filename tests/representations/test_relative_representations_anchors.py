@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lathe.representations.relative_representations import (
     RelativeEncoder,
@@ -40,9 +42,9 @@ def rotation(rng, d):
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
-    count=st.integers(4, 20),
+    count=st.integers(4, 12),
     share=st.floats(0.3, 1.0),
     method=st.sampled_from(["uniform", "fps", "kmeans", "stratified", "frequent"]),
     twins=st.booleans(),
@@ -246,6 +248,31 @@ def test_largest_values_by_blocks_are_those_of_topk(rng):
         best, index = comparison_module.largest(values, k)
         torch.testing.assert_close(best.sort(1).values, values.topk(k).values.sort(1).values)
         torch.testing.assert_close(values.gather(1, index), best)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+def test_memory_of_retrieval_is_bounded(rng, monkeypatch):
+    monkeypatch.setattr(comparison_module, "CHUNK", 10_000)
+    space = gaussian(rng, 800, 8)
+    with LargestTensor() as seen:
+        retrieval_scores(space, space + gaussian(rng, 800, 8), 5)
+    assert seen.elements <= 10_000 < 800**2
+    monkeypatch.setattr(anchors_module, "CHUNK", 10_000)
+    with LargestTensor() as seen:
+        bootstrap_anchors(space, 2 * space, torch.arange(10), torch.arange(10), n=20, rounds=1)
+    assert seen.elements <= 10_000
 
 
 def test_a_space_retrieves_itself_perfectly(rng):

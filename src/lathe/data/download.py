@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-__all__ = ["Checksum", "DownloadError", "checked_members", "download", "extract"]
+__all__ = ["Checksum", "DownloadError", "checked_members", "download", "extract", "require_reachable"]
 
 Report = Callable[[int, int | None], None]
 
@@ -128,6 +128,22 @@ def download(
     except OSError as error:
         raise DownloadError(f"{target.parent} cannot be written to: {error.strerror or error}") from error
     return target
+
+
+def require_reachable(url: str, timeout: float = 5.0) -> None:
+    """Tell at once, for clients that try for long, where a host cannot be reached.
+
+    Raises:
+        DownloadError: where the host has no address or takes no connection; never behind a proxy, which alone knows.
+    """
+    address = urlsplit(url)
+    if not address.hostname or urllib.request.getproxies():
+        return
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname, port), timeout=timeout).close()
+    except OSError as error:
+        raise DownloadError(f"{url} cannot be reached: {error}") from error
 
 
 def _fetch(
@@ -269,24 +285,24 @@ def _range_start(value: str | None) -> int | None:
 
 
 def extract(archive: Path, folder: Path, *, inside: str, limit: int = 4 << 30) -> None:
-    """Unpack what is `inside` a zip (a file, or a folder that ends in "/") into `folder`, without the path before it.
+    """Unpack what is `inside` a zip (a file, or a folder that ends in "/"), wherever it stands there, into `folder`.
 
     Raises:
         ValueError: where the archive is broken, or has a name, link or size that is refused; nothing is left then.
     """
     draft = folder.with_name(folder.name + f".unpacking-{os.getpid()}")
-    base = inside if inside.endswith("/") else inside.rpartition("/")[0] + "/"
     try:
         try:
             opened = zipfile.ZipFile(archive)
-        except _BROKEN as error:
+        except (*_BROKEN, ValueError) as error:
             raise ValueError(f"{archive} is no archive that can be unpacked: {error}") from error
         with opened:
-            found = [m for m in checked_members(opened, limit=limit) if m.filename.startswith(inside)]
+            members = ((member, _below(member.filename, inside)) for member in checked_members(opened, limit=limit))
+            found = [(member, name) for member, name in members if name]
             if not found:
                 raise ValueError(f"{archive} has no {inside}")
-            for member in found:
-                path = draft / member.filename.removeprefix(base.lstrip("/"))
+            for member, name in found:
+                path = draft / name.lstrip("/")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("wb") as sink:
                     for chunk in _content(opened, member):
@@ -300,6 +316,14 @@ def extract(archive: Path, folder: Path, *, inside: str, limit: int = 4 << 30) -
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _below(name: str, inside: str) -> str:
+    """The name below a folder, or of the file itself; nothing where it is elsewhere."""
+    _, found, rest = f"/{name}".partition(f"/{inside}")
+    if not found or inside.endswith("/"):
+        return rest
+    return "" if rest else inside.rpartition("/")[2]
+
+
 def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
     done = 0
     try:
@@ -309,7 +333,7 @@ def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[byte
                 if done > member.file_size:
                     raise ValueError("it is larger than the archive says")
                 yield chunk
-    except _BROKEN as error:
+    except (*_BROKEN, ValueError) as error:
         raise ValueError(f"{archive.filename} cannot be unpacked: {member.filename!r}: {error}") from error
 
 
@@ -324,8 +348,10 @@ def checked_members(archive: zipfile.ZipFile, *, limit: int) -> list[zipfile.Zip
     members, seen, total = [], set(), 0
     for member in archive.infolist():
         path = PurePosixPath(member.filename)
+        if not member.filename:
+            raise ValueError(f"{name} is refused: it holds a member without a name")
         # Windows separators and drives too: an archive is checked for every system that may open it.
-        if path.is_absolute() or ".." in path.parts or "\\" in member.filename or ":" in member.filename:
+        if path.is_absolute() or ".." in path.parts or any(sign in member.filename for sign in ("\\", ":", "//")):
             raise ValueError(f"{name} is refused: its member {member.filename!r} leads out of the folder")
         kind = stat.S_IFMT(member.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):

@@ -168,7 +168,7 @@ _LEGO = Source(
     "nerf_synthetic/lego/",
     "https://cseweb.ucsd.edu/~viscomp/projects/LF/papers/ECCV20/nerf/nerf_example_data.zip",
     768_000_000,
-    inside="nerf_example_data/nerf_synthetic/lego/",
+    inside="nerf_synthetic/lego/",
     mirrored=("nerf_synthetic/lego_{resolution}/", "nerf_synthetic/lego_100/", "nerf_synthetic/lego_200/"),
 )
 _MOVIELENS_SMALL = Source(
@@ -431,7 +431,7 @@ _ALL = (
     DataSet(
         "lego",
         "100 views of a toy digger with their cameras, every 8th held out (NeRF-Synthetic; archive without checksum)",
-        "CC BY-NC 3.0",
+        "CC BY-NC",
         read=formats.photographs,
         splits={split: Split((_LEGO,), {"split": split}, count) for split, count in {"train": 87, "test": 13}.items()},
         resolutions=dict.fromkeys(("train", "test"), (100, 25, 50, 200, 400, 800)),

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Any
 import platformdirs
 from torch import Tensor
 
-from lathe.data.download import Checksum, DownloadError, download, extract
+from lathe.data.download import Checksum, DownloadError, download, extract, require_reachable
 from lathe.data.kinds import Images, OneShot, Views
 from lathe.data.registry import SETS, DataSet, Source
 
@@ -42,19 +43,20 @@ def names() -> tuple[str, ...]:
     return tuple(SETS)
 
 
-def load(name: str, split: str = "train", *, resolution: int | None = None) -> Any:
+def load(name: str, split: str = "train", *, resolution: int | None = None, download: bool = True) -> Any:
     """A data set as tensors in memory; fetched first where it is not on this machine.
 
     Args:
         split: "train", "test" and, of texts, "valid"; see `listing` for the sets.
         resolution: pixels or grid points along a side, of the sets that have several ("darcy", "lego").
+        download: False takes only what is on this machine.
 
     Returns:
         Images, OneShot, Text, Ratings, Graph, Fields or Views.
 
     Raises:
         ValueError: for a name, split or resolution that there is not.
-        DataUnavailable: where it is not here and cannot be fetched, or a file is damaged.
+        DataUnavailable: where it is not here and cannot (or must not) be fetched, or a file is damaged.
     """
     data_set = _find_set(name)
     found, resolution = data_set.find(split, resolution)
@@ -67,6 +69,8 @@ def load(name: str, split: str = "train", *, resolution: int | None = None) -> A
     for source in found.files:
         place = _locate(source, resolution)
         if place is None:
+            if not download:
+                raise DataUnavailable(_absent(data_set, split))
             place = _fetch(data_set, source, split, None)
         places.append(place)
     return _read(data_set, places, options, f"{split}-{resolution or 'all'}", found.count)
@@ -84,8 +88,10 @@ def get(name: str, progress: Callable[[str, int, int | None], None] | None = Non
     """
     data_set = _find_set(name)
     _unreachable.pop(name, None)
+    # A mirror's small views are not the whole set: what is fetched must serve every resolution.
+    finest = max((side for sides in data_set.resolutions.values() for side in sides), default=None)
     for source in data_set.files:
-        if _locate(source, None) is None:
+        if _locate(source, finest) is None:
             _fetch(data_set, source, None, progress)
     return where(name)
 
@@ -262,7 +268,12 @@ def _from_hub(source: Source, report: Callable[[int, int | None], None]) -> Path
 
     assert source.hub is not None
     repository, revision = source.hub
+    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+    require_reachable(endpoint)
     disable_progress_bars()
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         found = hf_hub_download(
             repository,
@@ -270,11 +281,13 @@ def _from_hub(source: Source, report: Callable[[int, int | None], None]) -> Path
             repo_type="dataset",
             revision=revision,
             cache_dir=constants.HF_HUB_CACHE,
-            endpoint=os.environ.get("HF_ENDPOINT"),
+            endpoint=endpoint,
         )
     except Exception as error:  # the Hub's client lets through what its transports raise
         lines = str(error).strip().splitlines()
         raise DownloadError(f"{source.url} cannot be had: {lines[0] if lines else type(error).__name__}") from error
+    finally:
+        log.setLevel(level)
     path = Path(found)
     if source.checksum is not None and not source.checksum.matches(path):
         with suppress(OSError):

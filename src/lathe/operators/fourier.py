@@ -128,10 +128,10 @@ class SpectralConv(nn.Module):
             spectrum = torch.fft.ifftn(spectrum, dim=axes, norm="forward")
         # A real field has real coefficients at frequency 0 and Nyquist of the last axis; not every FFT library
         # ignores an imaginary part there.
-        edges = [0, shape[-1] // 2] if shape[-1] % 2 == 0 and last == shape[-1] // 2 + 1 else [0]
-        mask = torch.ones(last, dtype=x.dtype, device=x.device)
-        mask[edges] = 0
-        spectrum = torch.complex(spectrum.real, spectrum.imag * mask)
+        real_only = [0, shape[-1] // 2] if shape[-1] % 2 == 0 and last == shape[-1] // 2 + 1 else [0]
+        mask = torch.ones(last, 2, dtype=x.dtype, device=x.device)
+        mask[real_only, 1] = 0
+        spectrum = torch.view_as_complex(torch.view_as_real(spectrum) * mask)
         y = torch.fft.irfft(spectrum, n=shape[-1], norm="forward")
         return y if self.bias is None else y + self.bias.view(-1, *(1,) * d)
 

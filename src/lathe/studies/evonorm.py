@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lathe.core.surgery import swap
 from lathe.nn.evonorm import (
     BASELINE_GRAPHS,
     EVONORM_GRAPHS,
@@ -111,7 +114,7 @@ assert torch.allclose(report.model(images)[:1], report.model(images[:1]), atol=1
             stability_steps=100,
             search_anchors=("plain", "residual"),
             search_average=False,
-            search_evaluations=100,
+            search_evaluations=80,
             search_quality_steps=30,
             search_steps=50,
             search_stability_steps=3,
@@ -307,10 +310,6 @@ def chunking_changes(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[
 
 def wrapped(model: nn.Module) -> nn.Module:
     """A copy of `model` whose S0 layers are called on two images at a time."""
-    import copy
-
-    from lathe.core.surgery import swap
-
     return swap(copy.deepcopy(model), {EvoNormS0: lambda layer: Chunked(layer, 2)}).model
 
 
@@ -487,6 +486,7 @@ ANCHORS = {"plain": plain, "residual": residual, "inverted": inverted}
 
 
 Factory = Callable[[int], nn.Module]
+GROUPS_OF_ANCHORS = 4
 GOOD = {name: BASELINE_GRAPHS[name] for name in ("BN-ReLU", "GN-ReLU", "FRN-TLU")} | EVONORM_GRAPHS
 BAD = {
     "exp(x)": NormActGraph([("exp", (0,))]),
@@ -509,7 +509,7 @@ def proxy(
 
 
 def layer_of(graph: NormActGraph) -> Factory:
-    return partial(graph.to_module, groups=4)
+    return partial(graph.to_module, groups=GROUPS_OF_ANCHORS)
 
 
 def training_options(run: Run) -> dict[str, Any]:
@@ -689,6 +689,7 @@ def search(run: Run, seed: int) -> dict[str, Search]:
             quality_steps=setting.search_quality_steps,
             stability_steps=setting.search_stability_steps,
             threshold=setting.search_threshold,
+            groups=GROUPS_OF_ANCHORS,
             seed=seed,
             known=known,
             on_result=partial(report_progress, run, name),
@@ -696,16 +697,14 @@ def search(run: Run, seed: int) -> dict[str, Search]:
             **training_options(run),
         )
         top = result.top(10)
-        curve, best = [], 0.0
-        for candidate in result.history:
-            best = max(best, candidate.mean)
-            curve.append(round(100 * best, 2))
+        scores = {candidate.graph.hash(): 100 * candidate.mean for candidate in result.history}
+        curve = tuple(round(best, 2) for best in itertools.accumulate(scores.values(), max))
         found[name] = Search(
             best=100 * result.best.mean,
             top=100 * statistics.fmean(candidate.mean for candidate in top),
             unbalance=100 * statistics.fmean(max(c.accuracies) - min(c.accuracies) for c in top),
             formula=result.best.graph.simplify().expression(),
-            curve=tuple(curve),
+            curve=curve,
             attempts=result.attempts,
             rejections=tuple(result.rejections.items()),
         )
@@ -749,7 +748,8 @@ def evolution_beats_random(run: Run) -> Measurement:
         also[f"gap between networks, {name}"] = statistics.fmean(each[name].unbalance for each in searches)
         also[f"graphs drawn, {name}"] = statistics.fmean(each[name].attempts for each in searches)
     best = max((each["evolution"] for each in searches), key=lambda one: one.best)
-    return average(better, also=also, note=f"best found: {best.formula}")
+    note = f"an evaluation is a layer that none before it equals; best found: {best.formula}"
+    return average(better, also=also, note=note)
 
 
 @study.claim(

@@ -367,8 +367,8 @@ def augmented_order_saves_bits(run: Run) -> Measurement:
 TOLERANCES = (0.05, 0.15, 0.4)
 
 
-def search_mlp(run: Run, seed: int) -> dict[str, list[float]]:
-    """For each order the mean relative sizes (of all weights at 8 bits) at the three tolerances; N2 on digits."""
+def search_mlp(run: Run, seed: int) -> dict[str, dict[str, list[float]]]:
+    """Mean relative sizes (of all weights at 8 bits) at the three tolerances, by criterion and order; N2 on digits."""
     from sklearn.datasets import load_digits
 
     setting = run.setting
@@ -396,20 +396,23 @@ def search_mlp(run: Run, seed: int) -> dict[str, list[float]]:
     orders["random"] = [sensitivity_order(simulator, "random", seed=100 * seed + d) for d in range(setting.mlp_draws)]
     weights = {name: each.weight.numel() for name, each in simulator.layers.items()}
 
-    @torch.no_grad()
-    def score(config: dict[str, int]) -> float:
-        key = tuple(config[name] for name in names)
-        if key not in known:
-            known[key] = -float(F.cross_entropy(simulator.configure(config)(validation[0]), validation[1]))
-        return known[key]
+    sizes: dict[str, dict[str, list[float]]] = {}
+    for criterion, (x, y) in {"calibration": batch, "held out": validation}.items():
+        known: dict[Any, float] = {}
 
-    known: dict[Any, float] = {}
-    base = score(dict.fromkeys(names, 8))
-    sizes: dict[str, list[float]] = {}
-    for order, drawn in orders.items():
-        for tolerance in TOLERANCES:
-            found = [bisect_precision(score, each, (8, 4, 3, 2), floor=base - tolerance) for each in drawn]
-            sizes.setdefault(order, []).append(statistics.fmean(weighted_bits(each, weights) / 8 for each in found))
+        @torch.no_grad()
+        def score(config: dict[str, int], x: Tensor = x, y: Tensor = y, known: Any = known) -> float:
+            key = tuple(config[name] for name in names)
+            if key not in known:
+                known[key] = -float(F.cross_entropy(simulator.configure(config)(x), y))
+            return known[key]
+
+        base = score(dict.fromkeys(names, 8))
+        for order, drawn in orders.items():
+            for tolerance in TOLERANCES:
+                found = [bisect_precision(score, each, (8, 4, 3, 2), floor=base - tolerance) for each in drawn]
+                size = statistics.fmean(weighted_bits(each, weights) / 8 for each in found)
+                sizes.setdefault(criterion, {}).setdefault(order, []).append(size)
     return sizes
 
 

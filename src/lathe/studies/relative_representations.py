@@ -16,13 +16,15 @@ from torch.nn import functional as F
 from lathe.representations.relative_representations import (
     RelativeEncoder,
     RelativeRepresentation,
+    bootstrap_anchors,
     latent_similarity,
     relative,
     retrieval_scores,
     select_anchors,
     stitch,
+    translate,
 )
-from lathe.studies.engine import Measurement, Run, Setting, Study, at_least, at_most, average, compare
+from lathe.studies.engine import Measurement, NotAtThisScale, Run, Setting, Study, at_least, at_most, average, compare
 from lathe.training import accuracy, evaluate, fit
 
 if TYPE_CHECKING:
@@ -156,9 +158,8 @@ class Reconstruction(nn.Module):
     def __init__(self, width: int, decoder: nn.Module, variational: bool) -> None:
         super().__init__()
         self.norm, self.decoder = nn.LayerNorm(width), decoder
-        self.mean, self.log_variance = (
-            (nn.Linear(width, width), nn.Linear(width, width)) if variational else (None, None)
-        )
+        self.mean: nn.Module | None = nn.Linear(width, width) if variational else None
+        self.log_variance: nn.Module | None = nn.Linear(width, width) if variational else None
 
     def forward(self, coordinates: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         code = self.norm(coordinates)
@@ -248,15 +249,25 @@ def trained_autoencoders(run: Run, space: str, anchors: int, variational: bool =
 
 
 def reconstruction_errors(run: Run, space: str, anchors: int, variational: bool = False) -> tuple[list[float], Tensor]:
-    """Test error of each auto-encoder, and `[i, j]` of encoder i under decoder j (NaN on the diagonal)."""
-    models, chosen = trained_autoencoders(run, space, anchors, variational)
+    """Test error of each auto-encoder, and `[i, j]` of encoder i under decoder j (NaN on the diagonal).
+
+    space: "relative", "absolute", or "translated": the absolute ones, with the linear map of `translate` in between.
+    """
+    if len(run.seeds) < 2:
+        raise NotAtThisScale("stitching takes two networks or more: run with more seeds")
+    models, chosen = trained_autoencoders(run, "relative" if space == "relative" else "absolute", anchors, variational)
     x, _ = images(run, run.setting.images, "test")
     stitched = torch.full((len(models), len(models)), math.nan)
     with torch.no_grad():
         own = [float(F.mse_loss(model(x), x)) for model in models]
         for i, j in permutations(range(len(models)), 2):
             encoder, head = models[i][0], models[j][1]
-            mixed = stitch(encoder, head, chosen) if space == "relative" else nn.Sequential(encoder, head)
+            if space == "relative":
+                mixed: nn.Module = stitch(encoder, head, chosen)
+            elif space == "absolute":
+                mixed = nn.Sequential(encoder, head)
+            else:
+                mixed = nn.Sequential(encoder, translate(encoder(chosen), models[j][0](chosen)), head)
             stitched[i, j] = F.mse_loss(mixed(x), x)
     return own, stitched
 
@@ -277,7 +288,8 @@ def ratios(own: Sequence[float], stitched: Tensor) -> list[float]:
     also={"absolute: stitched error over unstitched": at_least(20.0)},
 )
 def stitched_autoencoders(run: Run) -> Measurement:
-    found = {space: reconstruction_errors(run, space, run.setting.anchors) for space in ("relative", "absolute")}
+    spaces = ("relative", "absolute", "translated")
+    found = {space: reconstruction_errors(run, space, run.setting.anchors) for space in spaces}
     if run.setting.variational:
         for space in ("relative", "absolute"):
             found[f"variational, {space}"] = reconstruction_errors(run, space, run.setting.anchors, True)
@@ -293,7 +305,10 @@ def stitched_autoencoders(run: Run) -> Measurement:
         ]
     run.figure(_strip(rows, "error:Q", "mean squared error × 100 (log)", "model:N", "pair:N", log=True))
     del also["relative: stitched error over unstitched"]
-    note = f"{len(run.seeds) * (len(run.seeds) - 1)} ordered pairs of networks; the anchors are training images"
+    note = (
+        f"{len(run.seeds) * (len(run.seeds) - 1)} ordered pairs of networks; anchors are training images; translated: "
+        "absolute networks with one linear map, found from the anchors, between encoder and decoder"
+    )
     return average(
         ratios(*found["relative"]),
         baseline=also["absolute: stitched error over unstitched"],
@@ -334,10 +349,22 @@ def retrieval_after_training(run: Run) -> Measurement:
             rows += [{"space": label, "measure": title, "score": round(score[measure], 4)} for score in found]
     run.figure(_strip([row for row in rows if row["measure"] != "cosine"], "score:Q", "score", "space:N", "measure:N"))
     del also["relative, uniform anchors: MRR"]
+    also |= bootstrap(run, latents, pairs)
     by_encoder = [
         fmean(score["mrr"] for (i, _), score in zip(pairs, scores["uniform"]) if i == own) for own in range(len(models))
     ]
     return average(by_encoder, baseline=also["absolute: MRR"], also=also, note="k = 5; test images, none an anchor")
+
+
+def bootstrap(run: Run, latents: list[Tensor], pairs: list[tuple[int, int]]) -> dict[str, float]:
+    """How many pairs of test items grow from ten known ones, and which share of them is right."""
+    known, wanted = torch.arange(10, device=latents[0].device), min(100, len(latents[0]))
+    found = [bootstrap_anchors(latents[i], latents[j], known, known, n=wanted) for i, j in pairs]
+    share = fmean(float((pair.a[10:] == pair.b[10:]).float().mean()) for pair in found)
+    return {
+        "pairs grown from 10 known ones": fmean(len(pair.a) for pair in found),
+        "share of right ones among the new": share,
+    }
 
 
 @study.claim(
@@ -543,7 +570,7 @@ def exchanged_encoders(run: Run) -> Measurement:
         [_exchanged(scores["relative"]) for scores in found],
         baseline=also["absolute"],
         also=also,
-        note=f"{len(names)} ordered pairs a seed; chance 10%; {run.setting.classifier_anchors} training images are the anchors",
+        note=f"{len(names)} ordered pairs a seed; anchors: {run.setting.classifier_anchors} training images",
     )
 
 
@@ -628,7 +655,7 @@ def normalised_adjacency(edges: Tensor, nodes: int) -> Tensor:
     both = torch.cat([edges, edges.flip(0), torch.arange(nodes).expand(2, -1)], 1).unique(dim=1)
     degree = torch.bincount(both[0], minlength=nodes).float()
     values = (degree[both[0]] * degree[both[1]]).rsqrt()
-    return torch.sparse_coo_tensor(both, values, (nodes, nodes)).coalesce()
+    return torch.sparse_coo_tensor(both, values, (nodes, nodes), check_invariants=True).coalesce()
 
 
 def graph_models(run: Run, seed: int) -> list[tuple[float, float]]:

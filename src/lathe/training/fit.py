@@ -138,7 +138,7 @@ def fit(
         schedule: `one_cycle(...)`, `cosine(...)` or any function of optimiser and total steps; stepped every step.
         epochs, steps: one of the two; a step is one update of the weights.
         batch_size: samples of one forward pass over all processes together; 100 where nothing is said.
-        validation: as `data`; its metrics are means over its samples.
+        validation: as `data`; its metrics are means over its samples, read 1,000 at a time (a DataLoader, as it says).
         metrics: name -> function of the output and the targets of a batch, a mean over the batch's samples.
         validate_every: steps between validations; None validates after each epoch (a stream of unknown length has
             none). The last step always validates.

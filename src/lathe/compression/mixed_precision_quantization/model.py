@@ -196,7 +196,10 @@ def quantize_model(
             if new.bias is not None:
                 new.bias.data = new.bias.data.to(dtype)
             made[id(module)] = new
-        set_module(network, name, made[id(module)])
+        if name:
+            set_module(network, name, made[id(module)])
+        else:
+            network = made[id(module)]
     keep_inference_path(network)
     for parameter in network.parameters():
         parameter.requires_grad_(False)

@@ -53,7 +53,7 @@ def refine_scales(
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)

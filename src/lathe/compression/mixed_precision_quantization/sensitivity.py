@@ -144,7 +144,7 @@ def greedy_pairs(single: Float[Tensor, " layers"], pair: Float[Tensor, "layers l
 
 def sensitivity_order(
     model: nn.Module,
-    method: Order = "augmented",
+    method: str = "augmented",
     *,
     loss_fn: Callable[..., Tensor] | None = None,
     batches: Any = None,

@@ -118,9 +118,9 @@ class Simulator(nn.Module):
         keep_inference_path(self.model)
         if dtype is not None:
             self.model.to(dtype)
-        for name, module in list(self.model.named_modules(remove_duplicate=False)):
-            if id(module) in made:  # a shared layer stays shared
-                set_module(self.model, name, made[id(module)])
+        for name, module in list(self.named_modules(remove_duplicate=False)):
+            if id(module) in made:  # a shared layer stays shared; the network may be a single layer
+                set_module(self, name, made[id(module)])
         for parameter in self.parameters():
             parameter.requires_grad_(False)
 

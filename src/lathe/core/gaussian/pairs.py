@@ -21,7 +21,7 @@ _TILE = 168
 _PAIRS = 64
 #: Parts of <s^2> and of K <s'^2> that a cut Hermite series may leave out, at worst (at rho = 1).
 _TAILS = (1e-12, 1e-10)
-_MOST_TERMS = 512
+_MOST_TERMS = 2048
 #: How far out, in standard deviations, an activation's own values matter.
 _REACH = 9.0
 
@@ -32,7 +32,7 @@ def hermite_coefficients(act: Activation, K: Float[Tensor, "*batch"], count: int
     Then `<s_a s_b> = sum_k c_k(K_aa) c_k(K_bb) rho^k` with `rho = K_ab / sqrt(K_aa K_bb)` (Mehler).
     """
     u, w = _trapezoid(_reach(count), 0.05, K) if not act.kinks else _line_nodes(torch.ones_like(K), act.kinks)
-    return act(u * K.sqrt().unsqueeze(-1)) @ (w.unsqueeze(-1) * _hermite_functions(u, count))
+    return (act(u * K.sqrt().unsqueeze(-1)).unsqueeze(-2) @ _weighted_hermite(u, w, count)).squeeze(-2)
 
 
 def pair_moments(
@@ -125,7 +125,7 @@ class _Series:
         while True:
             step = min(spacing, 2 * math.pi / (2 * math.sqrt(count) + 12))  # no aliasing with the last polynomial
             u, w = _trapezoid(_reach(count), step, K)
-            polynomials = w.unsqueeze(-1) * _hermite_functions(u, count)
+            polynomials = _weighted_hermite(u, w, count)
             # The widest variable converges last: count its terms before the whole batch is transformed.
             z = u * top.sqrt()
             value, slope = act(z), act.derivative(z)
@@ -210,12 +210,14 @@ def _trapezoid(reach: float, step: float, like: Tensor) -> tuple[Tensor, Tensor]
     return u, torch.exp(-0.5 * u * u) * (step / math.sqrt(2 * math.pi))
 
 
-def _hermite_functions(u: Tensor, count: int) -> Tensor:
-    """Orthonormal Hermite polynomials `h_0 .. h_{count-1}` at `u`, last axis."""
-    columns = [torch.ones_like(u), u][:count]
+def _weighted_hermite(u: Tensor, w: Tensor, count: int) -> Tensor:
+    """Orthonormal Hermite polynomials `h_0 .. h_{count-1}` at `u` times the weights `w`, last axis."""
+    # Far out the polynomials overflow where the weights underflow; the recurrence runs on their geometric middle.
+    root = w.sqrt()
+    columns = [root, u * root][:count]
     for k in range(1, count - 1):
         columns.append((u * columns[-1] - math.sqrt(k) * columns[-2]) / math.sqrt(k + 1))
-    return torch.stack(columns, -1)
+    return torch.stack(columns, -1) * root.unsqueeze(-1)
 
 
 def _pair_quadrature(act: Activation, kaa: Tensor, kab: Tensor, kbb: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,14 @@ Shapes: x is B C L (batch, channels, positions); a "row" is one channel of one s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["BatchForm", "batch_evonorm", "sample_evonorm"]
 
@@ -112,6 +113,25 @@ def _over_channels(by_group: Tensor, channels: int) -> Tensor:
     return by_group.unsqueeze(2).expand(batch, groups, channels // groups, 1).flatten(1, 2)
 
 
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses to build a graph of the backward pass.
+
+    `torch.autograd.function.once_differentiable` raises only if its node is walked, which `torch.autograd.grad` for
+    chosen inputs does not do: it would return a second derivative that lacks a part.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "an EvoNorm layer is differentiable once, but create_graph=True asks for more; use its graph, such as"
+                ' EVONORM_GRAPHS["S0"].to_module(num_features)'
+            )
+        return backward(ctx, *grads)
+
+    return checked
+
+
 class _SampleEvoNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -142,7 +162,7 @@ class _SampleEvoNorm(torch.autograd.Function):
         return y.to(given.dtype)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, given_grad: Tensor) -> tuple[Tensor | None, ...]:
         given, weight, v, mean, s = ctx.saved_tensors
         _, channels, length = given.shape
@@ -242,7 +262,7 @@ class _BatchEvoNorm(torch.autograd.Function):
         return y.to(given.dtype), batch_var, count
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, given_grad: Tensor, _var: Tensor, _count: Tensor) -> tuple[Tensor | None, ...]:
         given, weight, v, mean, instance, batch_mean, floor, count = ctx.saved_tensors
         gamma, (slope, offset) = _column(weight, instance), _line(ctx.form, v, instance)

@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -261,10 +262,10 @@ class SearchResult:
     """What a search found, in the order in which it found it.
 
     Args:
-        history: every candidate evaluated.
+        history: every candidate that entered the window, repeats included.
         rejections: how often each cause rejected a graph: those of `structural_check`, "quality", "unstable".
         attempts: graphs drawn in all.
-        reused: of these, judged from an earlier graph of the same function, at no cost.
+        reused: of these, candidates that compute what an earlier one did and got its score at no cost.
         seconds: time spent.
     """
 
@@ -335,6 +336,7 @@ class _Judge:
 
     anchors: tuple[Anchor, ...]
     data: Data
+    groups: int
     proxy_steps: int
     quality_steps: int
     stability_steps: int
@@ -350,14 +352,15 @@ class _Judge:
         if cause is not None:
             return cause
         trainings = []
+        layer = partial(graph.to_module, groups=self.groups)
         for anchor in self.anchors:
-            training = _Training(graph.to_module, anchor, self.data, self.batch_size, self.learning_rate, self.seed)
+            training = _Training(layer, anchor, self.data, self.batch_size, self.learning_rate, self.seed)
             if not training.advance(self.quality_steps) or training.accuracy() < self.threshold:
                 return "quality"
             trainings.append(training)
         if self.stability_steps:
             report = stability_check(
-                graph.to_module,
+                layer,
                 self.anchors,
                 self.data,
                 self.stability_steps,
@@ -380,6 +383,7 @@ def evolve_norm_act(
     select: Literal["pareto", "average"] = "pareto",
     explore: float = 0.5,
     proxy_steps: int = 2000,
+    groups: int = 32,
     n_nodes: int = 10,
     batch_independent: bool = False,
     quality_steps: int = 100,
@@ -403,12 +407,14 @@ def evolve_norm_act(
     Args:
         anchors: each takes a layer factory and returns a fresh classifier.
         data: inputs and labels to train on, inputs and labels to validate on.
-        evaluations: candidates to evaluate in all, those of `resume` included. Rejected graphs do not count.
+        evaluations: different candidates to evaluate in all, those of `resume` included. Rejected graphs do not count,
+            nor does a graph that computes what an earlier candidate did: its score is reused.
         window: most recent candidates among which tournaments are held.
         tournament: share of the window in a tournament (two candidates at least); 1 or more is their number.
         select: the tournament's winner: uniformly from its Pareto front, or the highest mean accuracy.
         explore: probability of a random graph.
         proxy_steps: training steps of an evaluation; the first `quality_steps` are also the quality test.
+        groups: of moments over groups; narrow networks need fewer, or each group is one channel.
         n_nodes: nodes of a graph beside the four fixed ones.
         batch_independent: search without moments over the batch (S layers).
         quality_steps, threshold: see `quality_check`.
@@ -441,6 +447,7 @@ def evolve_norm_act(
     judge = _Judge(
         tuple(anchors),
         data,
+        groups,
         proxy_steps,
         quality_steps,
         stability_steps,
@@ -452,10 +459,11 @@ def evolve_norm_act(
     )
     result = SearchResult() if resume is None else SearchResult.from_json(resume.to_json())
     recent = deque(result.history, maxlen=window)
+    evaluated = {candidate.graph.hash() for candidate in result.history}
     known = {} if known is None else known
     known.update({candidate.graph.hash(): candidate.accuracies for candidate in result.history})
     before, began = result.seconds, time.perf_counter()
-    while len(result.history) < evaluations and (seconds is None or result.seconds < seconds):
+    while len(evaluated) < evaluations and (seconds is None or result.seconds < seconds):
         # A stream for each attempt: going on after an interruption draws what would have been drawn.
         rng = torch.Generator().manual_seed((seed << 32) + result.attempts)
         origin: Literal["random", "mutation"] = "random"
@@ -465,7 +473,7 @@ def evolve_norm_act(
             origin = "mutation"
             graph = mutate(_winner(recent, tournament, select, rng).graph, rng, batch_independent)
         key = graph.hash()
-        result.reused += key in known
+        result.reused += key in evaluated
         if key not in known:
             known[key] = judge(graph)
         verdict = known[key]
@@ -474,6 +482,7 @@ def evolve_norm_act(
             result.rejections[verdict] += 1
             outcome = verdict
         else:
+            evaluated.add(key)
             outcome = Candidate(graph, verdict, origin)
             result.history.append(outcome)
             recent.append(outcome)
@@ -500,6 +509,7 @@ def rerank(
     data: Data,
     *,
     steps: int,
+    groups: int = 32,
     batch_size: int = 64,
     learning_rate: float = 0.1,
     seed: int = 0,
@@ -510,7 +520,8 @@ def rerank(
     """
 
     def trained(graph: NormActGraph, anchor: Anchor) -> float:
-        training = _Training(graph.to_module, anchor, data, batch_size, learning_rate, seed)
+        layer = partial(graph.to_module, groups=groups)
+        training = _Training(layer, anchor, data, batch_size, learning_rate, seed)
         return training.accuracy() if training.advance(steps) else 0.0
 
     found = [Candidate(c.graph, tuple(trained(c.graph, anchor) for anchor in anchors), c.origin) for c in candidates]

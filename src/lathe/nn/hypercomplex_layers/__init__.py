@@ -22,7 +22,6 @@ from lathe.nn.hypercomplex_layers.kronecker import (
     nearest_kronecker_sum,
 )
 from lathe.nn.hypercomplex_layers.layers import (
-    HypercomplexLayer,
     PHConv1d,
     PHConv2d,
     PHConv3d,
@@ -32,6 +31,7 @@ from lathe.nn.hypercomplex_layers.layers import (
     PHLinear,
 )
 from lathe.nn.hypercomplex_layers.networks import PHResNet, PHSEDNet, ph_resnet, ph_sednet, ph_vgg, to_hypercomplex
+from lathe.nn.hypercomplex_layers.weight import HypercomplexLayer
 
 __all__ = [
     "HypercomplexLayer",

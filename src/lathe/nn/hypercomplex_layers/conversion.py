@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,8 +16,6 @@ from lathe.core.surgery import swap
 from lathe.nn.hypercomplex_layers.algebras import algebra_span_angles, algebra_tensor
 from lathe.nn.hypercomplex_layers.kronecker import kronecker_singular_values
 from lathe.nn.hypercomplex_layers.layers import (
-    HypercomplexLayer,
-    OnIndivisible,
     PHConv1d,
     PHConv2d,
     PHConv3d,
@@ -25,6 +24,7 @@ from lathe.nn.hypercomplex_layers.layers import (
     PHConvTranspose3d,
     PHLinear,
 )
+from lathe.nn.hypercomplex_layers.weight import HypercomplexLayer, OnIndivisible
 
 __all__ = ["TermPlan", "algebra_report", "choose_terms", "param_groups", "ph_expand", "ph_fold"]
 
@@ -67,12 +67,16 @@ def ph_expand(
             `choose_terms(...).terms`.
         where: `where(name)` or `where(name, module)`; false leaves a layer alone.
         on_indivisible, options: as in `HypercomplexLayer.like`.
+
+    Raises:
+        ValueError: where `terms` names what is no linear layer or convolution of the model.
     """
     model = copy.deepcopy(model)
     named: Mapping[str, int] | None = terms if isinstance(terms, Mapping) else None
-    terms_of = {module: named[name] for name, module in model.named_modules() if named is not None and name in named}
-    if named is not None and (unknown := set(named) - {name for name, _ in model.named_modules()}):
-        raise ValueError(f"terms must name modules of the model, got {', '.join(sorted(unknown))}")
+    layers = {name: module for name, module in model.named_modules() if type(module) in _HYPERCOMPLEX}
+    if named is not None and (unknown := set(named) - set(layers)):
+        raise ValueError(f"terms must name linear layers or convolutions, got {', '.join(sorted(unknown))}")
+    terms_of = {layers[name]: count for name, count in (named or {}).items()}
 
     def rule(replacement: type[HypercomplexLayer]) -> Callable[[nn.Module], nn.Module | None]:
         def fitted(layer: nn.Module) -> nn.Module | None:
@@ -108,7 +112,8 @@ def choose_terms(
 
     Minimises the sum over layers of the squared relative errors of `ph_expand(model, n=n, terms=plan.terms)`, which the
     singular values of the rearranged weights tell beforehand. What has the largest gain for its price is bought first,
-    which is optimal but for the last purchases. A layer stays ordinary where that costs no more.
+    which is optimal but for the last purchases. A layer stays ordinary where that costs no more, where n does not
+    divide its channels, and where it shares its weight with another.
 
     Args:
         parameters: of the whole network: a part of what it has up to 1, else a number.
@@ -119,6 +124,7 @@ def choose_terms(
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     budget = int(parameters * total) if parameters <= 1 else int(parameters)
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     energies: dict[str, list[float]] = {}
     prices: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
@@ -129,7 +135,7 @@ def choose_terms(
         groups = cast(int, getattr(module, "groups", 1))
         first, second = weight.shape[:2]
         depthwise = groups > 1 and (first // groups if ours.transposed else second) == 1
-        if depthwise or first % (n * groups) or second % n:
+        if depthwise or first % (n * groups) or second % n or uses[id(weight)] > 1:
             continue
         values = kronecker_singular_values(weight, n, groups=groups) ** 2
         scale = float(values.sum())

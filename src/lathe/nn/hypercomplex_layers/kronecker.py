@@ -8,6 +8,7 @@ A is (m, n, n), F is (m, s/n, d/n, *kernel), H is (s, d, *kernel) with
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,22 +36,28 @@ def kronecker_sum(
             "A must be (terms, rows, columns) and F (terms, p, q, *kernel) with equal terms, "
             f"got {tuple(A.shape)} and {tuple(F.shape)}"
         )
-    if torch.is_autocast_enabled(F.device.type):
-        with torch.autocast(F.device.type, enabled=False):
-            return _product(A, F)
-    return _product(A, F)
-
-
-def _product(A: Tensor, F: Tensor) -> Tensor:
     dtype = torch.promote_types(A.dtype, F.dtype)
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    wide = at_least_float32(dtype)
     _, rows, columns = A.shape
     _, p, q, *kernel = F.shape
-    # A product for each row of blocks (p of them): what comes out is in order but for its two outermost dimensions,
-    # so that the permutation moves runs of columns * q * k numbers. A's copies are strides of 0, F is a view.
-    blocks = torch.bmm(A.to(wide).flatten(1).T.expand(p, -1, -1), F.to(wide).flatten(2).transpose(0, 1))
+    with without_autocast(F.device):
+        # A product for each row of filters (p of them): what comes out is in order but for its two outermost
+        # dimensions, so that the permutation moves runs of columns * q * k numbers. A is expanded by strides of 0.
+        blocks = torch.bmm(A.to(wide).flatten(1).T.expand(p, -1, -1), F.to(wide).flatten(2).transpose(0, 1))
     weight = blocks.unflatten(1, (rows, columns)).transpose(0, 1)
     return weight.reshape(rows * p, columns * q, *kernel).to(dtype)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type in which products of factors of this type are made."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keeps matrix products in the type of their factors; costs nothing where autocast is off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 @dataclass(frozen=True)

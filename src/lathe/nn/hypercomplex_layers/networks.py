@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lathe.nn.hypercomplex_layers.layers import AlgebraOptions, PHConv2d, PHLinear
+from lathe.nn.hypercomplex_layers.layers import PHConv2d, PHLinear
+from lathe.nn.hypercomplex_layers.weight import AlgebraOptions
 
 __all__ = ["PHResNet", "PHSEDNet", "ph_resnet", "ph_sednet", "ph_vgg", "to_hypercomplex"]
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lathe.core.shapes import conv_arguments
+from lathe.operators.multigrid_operator.periodic import fold_periodic, pad_periodic
 
 __all__ = ["REFERENCE", "MultigridConv1d", "MultigridConv2d", "MultigridConv3d"]
 
@@ -345,8 +346,7 @@ class _MultigridConv(nn.Module):
             coarse, level.prolongation.weight, stride=2, padding=0 if wraps else self.transfer_padding
         )
         if wraps:
-            for axis in range(2, fine.ndim):
-                fine = _wrap(fine, axis, u.shape[axis])
+            fine = fold_periodic(fine, tuple((1, m - 1 - n) for m, n in zip(fine.shape[2:], u.shape[2:])))
         elif fine.shape != u.shape:
             for axis in range(2, fine.ndim):
                 fine = fine.narrow(axis, 0, u.shape[axis])
@@ -365,6 +365,8 @@ class _MultigridConv(nn.Module):
     def _pad(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         if self.padding_mode == "zeros":
             return x
+        if self.padding_mode == "circular":
+            return pad_periodic(x, tuple((n // 2, n // 2) for n in size))
         return F.pad(x, [n // 2 for n in reversed(size) for _ in range(2)], mode=self.padding_mode)
 
     def _maybe_recomputed(self, function: Any, *arguments: Any) -> Any:
@@ -403,7 +405,8 @@ class _MultigridConv(nn.Module):
         if coarsest < needed:
             raise ValueError(
                 f"padding_mode={self.padding_mode!r} with kernel_size {self.kernel_size} needs at least "
-                f"{needed} points on the coarsest level, got {coarsest} for a grid of {tuple(f.shape[2:])} points and {count} levels"
+                f"{needed} points on the coarsest level, got {coarsest} for a grid of {tuple(f.shape[2:])} points "
+                f"and {count} levels"
             )
 
     def extra_repr(self) -> str:
@@ -471,12 +474,3 @@ def channels_last(x: Tensor) -> Tensor:
         # One channel lies in both orders; only its strides tell the convolution which one is meant.
         return x.contiguous().view(x.shape[0], *x.shape[2:], 1).movedim(-1, 1)
     return x.contiguous(memory_format=_CHANNELS_LAST[x.ndim - 2])
-
-
-def _wrap(fine: Tensor, axis: int, size: int) -> Tensor:
-    """Points -1..m of a periodic axis folded onto 0..size-1: the transpose of a circularly padded stride-2 read."""
-    body = fine.narrow(axis, 1, size).clone()
-    body.narrow(axis, size - 1, 1).add_(fine.narrow(axis, 0, 1))
-    beyond = fine.shape[axis] - 1 - size
-    body.narrow(axis, 0, beyond).add_(fine.narrow(axis, 1 + size, beyond))
-    return body

@@ -82,7 +82,9 @@ class Run:
         return torch.Generator().manual_seed(seed)
 
     def data(self, name: str, split: str = "train", **options: Any) -> Any:
-        """`lathe.data.load`; at smoke scale digits replace an image set that is not at hand, and the result says so.
+        """`lathe.data.load`; at smoke scale nothing is downloaded, and digits replace images that are not at hand.
+
+        The result says so.
 
         Raises:
             DataUnavailable: at the other scales, naming the command that gets the data.
@@ -90,14 +92,14 @@ class Run:
         from lathe import data
 
         try:
-            return data.load(name, split=split, **options)
+            return data.load(name, split, download=self.scale != "smoke", **options)
         except data.DataUnavailable:
             if self.scale != "smoke" or name not in {"mnist", "cifar10", "omniglot"}:
                 raise
             note = f"digits in place of {name}, which is not at hand"
             if note not in self.notes:
                 self.notes.append(note)
-            return data.load("digits", split=split)
+            return data.load("digits", split)
 
     def figure(self, chart: Any) -> None:
         """Keeps an Altair chart, data and all, as the figure of the claim being measured."""

@@ -16,6 +16,7 @@ from lathe.theory.deep_learning_theory.aspect_ratio import (
     information_series,
     output_information,
     residual_fluctuations,
+    residual_susceptibilities,
 )
 from lathe.theory.deep_learning_theory.criticality import (
     CriticalPoint,
@@ -72,5 +73,6 @@ __all__ = [
     "ntk_recursion",
     "output_information",
     "residual_fluctuations",
+    "residual_susceptibilities",
     "susceptibilities",
 ]

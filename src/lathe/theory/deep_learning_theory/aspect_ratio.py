@@ -6,11 +6,12 @@ import math
 from fractions import Fraction
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lathe.core.gaussian import ActivationLike, activation
 from lathe.theory.deep_learning_theory.criticality import critical_point
-from lathe.theory.deep_learning_theory.single import Moments
+from lathe.theory.deep_learning_theory.single import susceptibilities
 
 __all__ = [
     "aspect_ratio",
@@ -18,6 +19,7 @@ __all__ = [
     "information_series",
     "output_information",
     "residual_fluctuations",
+    "residual_susceptibilities",
 ]
 
 
@@ -58,6 +60,17 @@ def fluctuation_rate(act: ActivationLike, gamma: float | None = None) -> float:
         raise ValueError(f"gamma is for scale-invariant activations, got one of class {point.universality!r}")
     fresh = 1 - gamma**2
     return fresh * (point.nu * fresh + 4 * gamma**2)
+
+
+def residual_susceptibilities(
+    K: Float[Tensor, "*batch"], act: ActivationLike, C_W: float, gamma: float
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """`(chi_par, chi_perp)` of a block `z' = gamma z + b + W s(z)`: the plain layer's plus `gamma^2`.
+
+    A scale-invariant block is critical at `C_W A_2 = 1 - gamma^2`.
+    """
+    par, perp, _ = susceptibilities(K, act, 0.0, C_W)
+    return gamma**2 + par, gamma**2 + perp
 
 
 def residual_fluctuations(
@@ -136,25 +149,24 @@ def output_information(m1: int, m2: int, log_variance: float) -> float:
     """
     if not log_variance >= 0:
         raise ValueError(f"log_variance must not be negative, got {log_variance}")
-    return _entropy(m1, log_variance) + _entropy(m2, log_variance) - _entropy(m1 + m2, log_variance)
+    whole, first, second = (_entropy_deficit(m, log_variance) for m in (m1 + m2, m1, m2))
+    return whole - first - second
 
 
-def _entropy(m: int, s: float) -> float:
-    """Differential entropy of `sqrt(G) N(0, 1_m)` with `log G ~ N(0, s)`: trapezoid sums over log G and log radius."""
+def _entropy_deficit(m: int, s: float) -> float:
+    """What `sqrt(G) N(0, 1_m)`, `log G ~ N(0, s)`, lacks in entropy to the Gaussian of its covariance.
+
+    Trapezoid sums over log G and over the log radius, of the small excess of one density over the other.
+    """
     g = torch.linspace(-9, 9, 181, dtype=torch.float64)
-    log_weight = -0.5 * g * g + math.log((g[1] - g[0]).item() / math.sqrt(2 * math.pi))
+    weight = torch.softmax(-0.5 * g * g, 0)
+    log_g = math.sqrt(s) * g - s / 2  # the mean of G, exp(s / 2), taken out
     reach = 9 * math.sqrt(s)
-    # In the logarithm of the radius the integrand dies faster than exponentially on either side.
-    log_r = torch.linspace(-18 - reach, 2.6 + reach / 2, 6001, dtype=torch.float64)
-    variance = torch.exp(math.sqrt(s) * g)
-    log_p = torch.logsumexp(
-        log_weight - 0.5 * torch.exp(2 * log_r).unsqueeze(-1) / variance - 0.5 * m * torch.log(2 * math.pi * variance), -1
-    )
-    area = math.log(2) + 0.5 * m * math.log(math.pi) - math.lgamma(m / 2)
-    density = torch.exp(log_p + area + m * log_r)
-    return -(density * log_p).sum().item() * (log_r[1] - log_r[0]).item()
-
-
-def _residual_susceptibilities(act: ActivationLike, K: Tensor, C_W: float, gamma: float) -> tuple[Tensor, Tensor]:
-    m = Moments(activation(act), K)
-    return gamma**2 + C_W * m["zsd"] / K, gamma**2 + C_W * m["dd"]
+    # In the logarithm of the radius the integrand dies as r^m below, and faster than exponentially above.
+    log_r = torch.linspace(-40 / m - reach, 2.6 + reach / 2, 6001, dtype=torch.float64)
+    square = torch.exp(2 * log_r)
+    exponent = -0.5 * square.unsqueeze(-1) * torch.expm1(-log_g) - 0.5 * m * log_g
+    excess = torch.expm1(exponent) @ weight
+    log_gaussian = math.log(2) - 0.5 * m * math.log(2) - math.lgamma(m / 2) + m * log_r - 0.5 * square
+    integrand = torch.exp(log_gaussian) * ((1 + excess) * torch.log1p(excess) - excess)
+    return integrand.sum().item() * (log_r[1] - log_r[0]).item()

@@ -144,11 +144,25 @@ def _of_call(node: fx.Node) -> Activation:
 
 
 def _closes_branch(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether the layer's output meets a sum before it meets an activation or another weight layer."""
+    """Whether the layer's output is added, with no activation between, to a stream that leaves the graph before it."""
     for user in node.users:
         if user.target in _SUMS:
-            return True
-        stops = _activation_of(user, modules) is not None or _is_weighted(user, modules)
+            upstream = _ancestors(node)
+            others = [source for source in user.all_input_nodes if node not in _ancestors(source) | {source}]
+            if any((_ancestors(source) | {source}) & upstream for source in others):
+                return True
+        stops = _activation_of(user, modules) is not None or _is_weighted(user, modules) or user.target in _SUMS
         if not stops and user.op in ("call_module", "call_function", "call_method") and _closes_branch(user, modules):
             return True
     return False
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(node.all_input_nodes)
+    while pending:
+        source = pending.pop()
+        if source not in found:
+            found.add(source)
+            pending.extend(source.all_input_nodes)
+    return found

@@ -48,10 +48,18 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], tuple[Tensor
     return run
 
 
+def away_from_ties(x: Tensor) -> Tensor:
+    """x without values at which the max of a B layer is a tie: there rounding would decide which gradient is right."""
+    s_b, s_i = (x.std(axes, correction=0, keepdim=True) for axes in ((0, 2, 3), (2, 3)))
+    r_i = x.square().mean((2, 3), keepdim=True).sqrt()
+    lines = torch.stack([x + s_i, (x + 1) * r_i, r_i - x])
+    return torch.where(((lines - s_b).abs() < 1e-4).any(0), x + 1e-3, x)
+
+
 def pairs() -> list[Pair]:
     timm = timm_evo_norm()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(32, 64, 32, 32, generator=generator)
+    x = away_from_ties(torch.randn(32, 64, 32, 32, generator=generator))
     grad = torch.randn(x.shape, generator=generator)
     found = []
     for name in ("B0", "B1", "B2", "S0", "S1", "S2"):
@@ -67,16 +75,13 @@ def pairs() -> list[Pair]:
                 memory_target=0.5,
             )
         )
-    for name, old, old_name in (
-        ("B0", nn.BatchNorm2d(64), "nn.BatchNorm2d + nn.ReLU"),
-        ("S0", nn.GroupNorm(32, 64), "nn.GroupNorm + nn.ReLU"),
-    ):
+    for name in ("B0", "S0"):
         found.append(
             Pair(
-                f"EvoNorm-{name} in the place of what it replaces, forward and backward, (32, 64, 32, 32)",
+                f"EvoNorm-{name} against the usual pair, forward and backward, (32, 64, 32, 32)",
                 ours=step(getattr(evonorm, f"EvoNorm{name}")(64), x, grad),
-                peer=step(nn.Sequential(old, nn.ReLU()), x, grad),
-                peer_name=old_name,
+                peer=step(nn.Sequential(nn.BatchNorm2d(64), nn.ReLU()), x, grad),
+                peer_name="nn.BatchNorm2d + nn.ReLU",
                 target=0.5,
                 tolerance=None,
                 saved_memory=True,

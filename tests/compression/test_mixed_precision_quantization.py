@@ -193,7 +193,7 @@ def test_the_network_counts_its_packed_bytes_in_core_size(trained, digits):
     folded = fold_batch_norms(trained)
     ranges = calibrate(folded, (digits[0][:64],))
     built = quantize_model(folded, dict.fromkeys(ranges, 4), ranges)
-    assert size.measure(built, digits[0][:2]).bytes == built.stored_bytes()
+    assert size.measure(built, digits[0][:2]).stored_bytes == built.stored_bytes()
 
 
 def test_bit_operations_and_the_roofline_scale_with_the_widths(trained, digits):
@@ -271,7 +271,7 @@ def test_the_state_dict_round_trip_keeps_every_output(trained, digits):
 def test_the_simulation_can_be_exported(trained, digits):
     folded = fold_batch_norms(trained)
     ranges = calibrate(folded, (digits[0][:64],))
-    model = quantize_model(folded, {name: 4 for name in ranges}, ranges, dtype=torch.float32)
+    model = quantize_model(folded, dict.fromkeys(ranges, 4), ranges, dtype=torch.float32)
     x = digits[0][:8]
     program = torch.export.export(model, (x,))
     assert torch.equal(program.module()(x), model(x))
@@ -362,25 +362,33 @@ def test_onnx_runs_elsewhere_and_holds_four_bit_weights(trained, digits, tmp_pat
     x = digits[0][:9]
     (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     expected = model(x)
-    assert float((torch.tensor(output) - expected).abs().mean()) < 0.01 * float(expected.abs().mean())
-    kinds = {each.data_type for each in onnx.load(path).graph.initializer}
-    assert {onnx.TensorProto.INT4, onnx.TensorProto.INT8} <= kinds
-    assert path.stat().st_size < 0.75 * sum(each.numel() * 4 for each in trained.state_dict().values())
+    # The same but for inputs that fall on the other side of a rounding boundary, where other code adds up.
+    same = (torch.tensor(output) - expected).abs().amax(1) < 1e-4 * float(expected.abs().max())
+    assert float(same.float().mean()) > 0.5
+    assert torch.equal(torch.tensor(output).argmax(1), expected.argmax(1))
+    stored = onnx.load(path).graph.initializer
+    assert {onnx.TensorProto.INT4, onnx.TensorProto.INT8} <= {each.data_type for each in stored}
+    for name, layer in model.quantized_layers().items():
+        (codes,) = (each for each in stored if each.name == f"{name}.codes")
+        count = layer.weight.numel()
+        assert len(codes.raw_data) == (count if layer.bits == 8 else -(-count // 2))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torchao_takes_over_the_configuration(trained, digits):
+def test_torchao_takes_over_the_configuration(rng):
     pytest.importorskip("torchao")
-    model = mixed_net(digits, trained)
-    model.config["10"], model.network[10] = (
-        8,
-        QuantLinear.from_trained(nn.Linear(192, 32), 8, calibrate(nn.Linear(192, 32), (torch.randn(4, 192),))[""]),
-    )
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10))
+    x = torch.randn(32, 64, generator=rng)
+    model = quantize_model(net, {"0": 8, "2": 4}, calibrate(net, (x,)), dtype=torch.float32)
     there = model.to_torchao()
-    x = digits[0][:32]
-    assert type(there[12].weight).__module__.startswith("torchao")
-    difference = (there(x) - model(x)).abs().mean()
-    assert float(difference) < 0.2 * float(model(x).abs().mean())
+    assert [type(there[n].weight).__module__.split(".")[0] for n in (0, 2, 4)] == ["torchao", "torchao", "torch"]
+    rounded = nn.Sequential(*(copy.deepcopy(each) for each in net))
+    with torch.no_grad():
+        for n in (0, 2):
+            rounded[n].weight.copy_(model.network[n].weight)
+        expected = rounded(x)
+        assert float((there(x) - expected).abs().mean()) < 0.15 * float(expected.abs().mean())
 
 
 @pytest.mark.parametrize(("method", "module"), [("to_torchao", "torchao"), ("export_onnx", "onnx")])

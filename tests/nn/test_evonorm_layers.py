@@ -147,6 +147,13 @@ def test_s_layers_tend_to_a_step_and_to_half_the_linear_map(rng):
         torch.testing.assert_close(module(x * 1e-9), normalized / 2, atol=1e-6, rtol=0)
 
 
+def test_b1_tends_to_the_larger_scale_alone(rng):
+    x = torch.randn(4, 5, 3, 3, generator=rng, dtype=torch.float64)
+    floor, instance = x.var((0, 2, 3), correction=0, keepdim=True), x.square().mean((2, 3), keepdim=True)
+    y = EvoNormB1(5, eps=1e-30, dtype=torch.float64)(x * 1e-9)
+    torch.testing.assert_close(y, x / torch.maximum(floor, instance).sqrt(), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("layer", SAMPLE)
 def test_s_layers_do_not_see_the_batch(layer, rng):
     x = torch.randn(5, 12, 3, 4, generator=rng, dtype=torch.float64)

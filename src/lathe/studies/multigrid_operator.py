@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
@@ -342,7 +343,8 @@ def padding_sets_boundary(run: Run) -> Measurement:
     )
     also = {f"error, {boundary} problem, {padding}": _mean(values) for (boundary, padding), values in errors.items()}
     also["circular over zeros, periodic problem"] = _ratio(errors["periodic", "circular"], errors["periodic", "zeros"])
-    return compare(errors["dirichlet", "zeros"], errors["dirichlet", "circular"], how="ratio", also=also)
+    note = "The periodic cycle wraps in its prolongation too, so nothing tells it where the border is."
+    return compare(errors["dirichlet", "zeros"], errors["dirichlet", "circular"], how="ratio", also=also, note=note)
 
 
 # ---------------------------------------------------------------------------------------------- C3, C5, C6: Darcy flow
@@ -450,7 +452,15 @@ def beats_fourier(run: Run) -> Measurement:
         "MgNO's parameters": ours[0].parameters,
         "L2 error of the mean field": _mean(r.mean_l2 for r in ours),
     }
-    return compare([r.test_l2[-1] for r in ours], [r.test_l2[-1] for r in theirs], how="ratio", also=also)
+    note = """Both train at the same learning rate, 2e-3 at desk scale. A larger one, 5e-3, helps both and leaves the
+    order as it is (one seed: 0.022 against 0.037 in L2, 0.053 against 0.091 in H1)."""
+    return compare(
+        [r.test_l2[-1] for r in ours],
+        [r.test_l2[-1] for r in theirs],
+        how="ratio",
+        also=also,
+        note=" ".join(note.split()),
+    )
 
 
 @study.claim(
@@ -479,7 +489,11 @@ def overfits_less(run: Run) -> Measurement:
         also[f"{name}'s test L2 error"] = _mean(r.test_l2[-1] for r in results)
         also[f"{name}'s training L2 error"] = _mean(r.train_l2 for r in results)
         also[f"{name}'s test H1 error"] = _mean(r.test_h1[-1] for r in results)
-    return compare([r.test_l2[-1] for r in ours], [half(r) for r in ours], how="ratio", also=also)
+    note = """A falling learning rate lets neither test error rise at this size, so the difference that the claim is
+    about does not show. MgNO's test errors are the lower ones; its distance to its training error is not."""
+    return compare(
+        [r.test_l2[-1] for r in ours], [half(r) for r in ours], how="ratio", also=also, note=" ".join(note.split())
+    )
 
 
 @study.claim(
@@ -560,7 +574,7 @@ def cost_is_linear(run: Run) -> Measurement:
 # ------------------------------------------------------------------------------------------------------------ shared
 
 
-def _mean(values) -> float:
+def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 

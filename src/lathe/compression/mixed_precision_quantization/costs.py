@@ -18,6 +18,7 @@ from lathe.compression.mixed_precision_quantization.layers import QuantConv2d, Q
 from lathe.compression.mixed_precision_quantization.search import allocate
 from lathe.core.codes import packed_bytes
 from lathe.core.example import call
+from lathe.core.shapes import conv_arguments
 from lathe.core.surgery import find_sequences
 
 __all__ = ["LatencyTable", "bops_costs", "byte_costs", "layer_macs", "measure_latency", "roofline_costs", "total"]
@@ -30,12 +31,8 @@ def layer_macs(layer: nn.Linear | nn.Conv2d, shape: Sequence[int]) -> int:
     """Multiplications of one sample, for inputs of `shape` (samples first)."""
     if isinstance(layer, nn.Linear):
         return layer.weight.numel() * math.prod(shape[1:-1])
-    with torch.device("meta"):
-        probe = nn.Conv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-            layer.groups, padding_mode=layer.padding_mode,
-        )  # fmt: skip
-        height, width = probe(torch.empty(1, *shape[1:])).shape[-2:]
+    probe = nn.Conv2d(**conv_arguments(layer) | {"device": "meta", "dtype": torch.float32})
+    height, width = probe(torch.empty(1, *shape[1:], device="meta")).shape[-2:]
     return layer.weight.numel() * height * width
 
 
@@ -170,9 +167,9 @@ def measure_latency(
 
 
 def byte_links(model: nn.Module, ranges: Ranges, example: Any = None) -> dict[str, str]:
-    """For each layer the one before it, if nothing but that layer's output, through steps that may run on bytes, goes in.
+    """For each layer the one before it, if that layer's output alone goes in, through steps that may run on bytes.
 
-    Such steps are ReLU (the reader's grid then starts at zero, where bytes saturate), dropout, flattening, max-pooling.
+    Such steps are ReLU (the reader's grid then starts at zero, where bytes saturate), dropout and flattening.
     """
     kinds = (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d)
     steps = (nn.ReLU, nn.Dropout, nn.Flatten, nn.Dropout2d)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lathe.compression.mixed_precision_quantization.layers import QuantConv2d, QuantLinear
 from lathe.compression.mixed_precision_quantization.quantizers import levels
+from lathe.core.codes import pack_bits
 from lathe.core.surgery import set_module
 
 __all__ = ["export_onnx", "to_torchao"]
@@ -22,7 +23,9 @@ __all__ = ["export_onnx", "to_torchao"]
 def to_torchao(model: Any) -> nn.Module:
     """See `QuantizedModel.to_torchao`."""
     try:
-        logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of every kernel that this machine has no use for
+        logging.getLogger("torchao").setLevel(
+            logging.ERROR
+        )  # it warns of every kernel that this machine has no use for
         from torchao.quantization import (
             FqnToConfig,
             Int8DynamicActivationInt8WeightConfig,
@@ -49,13 +52,13 @@ def to_torchao(model: Any) -> nn.Module:
 def _as_float(layer: QuantLinear | QuantConv2d, dtype: torch.dtype) -> nn.Linear | nn.Conv2d:
     """A plain layer with the weights that the codes stand for."""
     bias = layer.bias is not None
+    plain: nn.Linear | nn.Conv2d
     if isinstance(layer, QuantLinear):
-        plain: nn.Linear | nn.Conv2d = nn.Linear(layer.in_features, layer.out_features, bias)
+        plain = nn.Linear(layer.in_features, layer.out_features, bias)
     else:
-        plain = nn.Conv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-            layer.groups, bias, layer.padding_mode,
-        )  # fmt: skip
+        geometry: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+        mode: Any = layer.padding_mode
+        plain = nn.Conv2d(layer.in_channels, layer.out_channels, *geometry, bias, mode)
     with torch.no_grad():
         plain.weight.copy_(layer.weight)
         if layer.bias is not None and plain.bias is not None:
@@ -64,11 +67,14 @@ def _as_float(layer: QuantLinear | QuantConv2d, dtype: torch.dtype) -> nn.Linear
 
 
 class _OnnxLayer(nn.Module):
-    """A quantised layer as ONNX writes it: clip, QuantizeLinear, DequantizeLinear; integer weights, DequantizeLinear."""
+    """A quantised layer as ONNX writes it: inputs clipped, quantised, dequantised; integer weights, dequantised."""
 
     def __init__(self, layer: QuantLinear | QuantConv2d) -> None:
         super().__init__()
         self.layer = layer
+        self.codes: Tensor
+        self.scales: Tensor
+        self.zeros: Tensor
         self.register_buffer("codes", layer.codes())
         scales = layer.weight_scale if layer.per_channel else layer.weight_scale[0]
         self.register_buffer("scales", scales.clone())
@@ -86,7 +92,8 @@ class _OnnxLayer(nn.Module):
             x = op("DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=x.shape, version=21)
         attributes: dict[str, Any] = {"axis": 0} if layer.per_channel else {}
         operands = (self.codes, self.scales, self.zeros)
-        weight = op("DequantizeLinear", operands, attributes, dtype=torch.float32, shape=self.codes.shape, version=21)
+        shape = self.codes.shape
+        weight = op("DequantizeLinear", operands, attributes, dtype=torch.float32, shape=shape, version=21)
         if isinstance(layer, QuantLinear):
             return F.linear(x, weight, layer.bias)
         return layer._linear_map(x, weight, layer.bias)
@@ -100,12 +107,12 @@ def export_onnx(model: Any, path: Any, example: Any) -> None:
     except ImportError as missing:
         raise ImportError("export_onnx needs onnx and onnxscript: pip install onnx onnxscript") from missing
     network = copy.deepcopy(model.network).float()
-    narrow: dict[str, int] = {}
+    narrow: dict[str, Tensor] = {}
     for name, layer in model.quantized_layers().items():
         twin = copy.deepcopy(layer).float()
         set_module(network, name, _OnnxLayer(twin))
         if layer.bits <= 4:
-            narrow[f"{name}.codes"] = 4
+            narrow[f"{name}.codes"] = layer.codes()
     args, kwargs = _arguments(example)
     batch = torch.export.Dim("batch", min=1)
 
@@ -114,15 +121,23 @@ def export_onnx(model: Any, path: Any, example: Any) -> None:
 
     dynamic = torch.utils._pytree.tree_map(shapes, kwargs or args)
     program = torch.onnx.export(
-        network.eval(), args, kwargs=kwargs or None, dynamo=True, verbose=False, opset_version=21, dynamic_shapes=dynamic
+        network.eval(),
+        args,
+        kwargs=kwargs or None,
+        dynamo=True,
+        verbose=False,
+        opset_version=21,
+        dynamic_shapes=dynamic,
     )
     assert program is not None
     proto = program.model_proto
     for initializer in proto.graph.initializer:
         if initializer.name in narrow:
-            codes = onnx.numpy_helper.to_array(initializer)
-            packed = onnx.helper.make_tensor(initializer.name, onnx.TensorProto.INT4, codes.shape, codes.flatten().tolist())
-            initializer.CopyFrom(packed)
+            codes = narrow[initializer.name]
+            # ONNX packs as we do: two codes a byte, the first in the low half.
+            packed = pack_bits(codes, 4).numpy().tobytes()
+            four = onnx.helper.make_tensor(initializer.name, onnx.TensorProto.INT4, list(codes.shape), packed, raw=True)
+            initializer.CopyFrom(four)
     _match_zeros(onnx, proto, narrow)
     used = {name for node in proto.graph.node for name in node.input}
     for unused in [each for each in proto.graph.initializer if each.name not in used]:
@@ -133,16 +148,19 @@ def export_onnx(model: Any, path: Any, example: Any) -> None:
     onnx.save(proto, path)
 
 
-def _match_zeros(onnx: Any, proto: Any, narrow: Mapping[str, int]) -> None:
+def _match_zeros(onnx: Any, proto: Any, narrow: Mapping[str, Tensor]) -> None:
     """Gives the 4-bit weights zero points of their type."""
-    zeros = {node.input[2] for node in proto.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in narrow}
+    zeros = {
+        node.input[2] for node in proto.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in narrow
+    }
     sizes = {each.name: list(each.dims) for each in proto.graph.initializer if each.name in zeros}
     for node in proto.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in narrow and node.input[2] in sizes:
             shape = sizes[node.input[2]]
             name = f"{node.input[0]}.zero"
-            count = math.prod(shape)
-            proto.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT4, shape, [0] * count))
+            zeros_packed = bytes((math.prod(shape) + 1) // 2)
+            zero = onnx.helper.make_tensor(name, onnx.TensorProto.INT4, shape, zeros_packed, raw=True)
+            proto.graph.initializer.append(zero)
             node.input[2] = name
 
 

@@ -27,7 +27,7 @@ __all__ = ["QuantConv2d", "QuantLinear", "weight_clip"]
 
 
 def weight_clip(
-    weight: Float[Tensor, out *rest], bits: int, *, per_channel: bool = True, observer: Literal["max", "mse"] = "max"
+    weight: Float[Tensor, out * rest], bits: int, *, per_channel: bool = True, observer: Literal["max", "mse"] = "max"
 ) -> Float[Tensor, " scales"]:
     """Largest magnitude on the grid for a weight: one value, or one for each output channel.
 
@@ -60,8 +60,8 @@ class _Quantized(nn.Module):
     _warned: bool
 
     def _set_up(
-        self, shape: tuple[int, ...], bias: bool, bits: int, activation_bits: int | None, signed: bool, per_channel: bool,
-        device: Any, dtype: Any,
+        self, shape: tuple[int, ...], bias: bool, bits: int, activation_bits: int | None, signed: bool,
+        per_channel: bool, device: Any, dtype: Any,
     ) -> None:  # fmt: skip
         levels(bits)
         self.bits, self.activation_bits = bits, bits if activation_bits is None else activation_bits
@@ -74,7 +74,7 @@ class _Quantized(nn.Module):
         self.register_buffer("input_scale", torch.ones((), device=device))
         value = torch.zeros(shape[0], device=device, dtype=dtype) if bias else None
         self.bias = nn.Parameter(value, requires_grad=False) if value is not None else None
-        self.execute: Literal["simulate", "native"] = "simulate"
+        self.execute = "simulate"
         self._emits: _Codes | None = None
         self.byte_dtype = dtype or torch.get_default_dtype()
         """Of the result where the input comes as bytes, which do not say in which dtype the network runs."""
@@ -102,17 +102,19 @@ class _Quantized(nn.Module):
             self.bias.copy_(bias)
         self._forget()
 
-    def codes(self) -> Int8[Tensor, out *rest]:
+    def codes(self) -> Int8[Tensor, out * rest]:
         """The integer weights, unpacked."""
         return unpack_bits(self.packed_weight, self.bits, self.weight_shape, signed=True)
 
     @property
-    def weight(self) -> Float[Tensor, out *rest]:
+    def weight(self) -> Float[Tensor, out * rest]:
         """The weights that the codes stand for, in float32."""
-        if self._weight is None:
-            scale = self.weight_scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
-            self._weight = self.codes().float() * scale
-        return self._weight
+        if self._weight is not None and not torch.compiler.is_compiling():
+            return self._weight
+        weight = self.codes().float() * self.weight_scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
+        if not torch.compiler.is_compiling():  # an exported network unpacks its weights itself, and stays small
+            self._weight = weight
+        return weight
 
     def stored_bytes(self) -> int:
         """Bytes that the layer needs on disk: packed codes, scales, bias."""

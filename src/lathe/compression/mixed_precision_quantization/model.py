@@ -41,6 +41,7 @@ from lathe.compression.mixed_precision_quantization.search import bisect_precisi
 from lathe.compression.mixed_precision_quantization.sensitivity import Order, sensitivity_order
 from lathe.compression.mixed_precision_quantization.simulation import Simulator, keep_inference_path
 from lathe.core.example import call
+from lathe.core.size import stored_bytes
 from lathe.core.surgery import get_module, set_module
 
 __all__ = ["QuantizedModel", "Report", "mixed_precision", "quantize_model"]
@@ -89,14 +90,14 @@ class QuantizedModel(nn.Module):
         self.network, self.config, self.dtype = network, dict(config), dtype
         self.links = dict(links)
         self.report: Report | None = None
-        self._execute: Literal["simulate", "native"] = "simulate"
+        self._execute = "simulate"
 
     @property
-    def execute(self) -> Literal["simulate", "native"]:
+    def execute(self) -> str:
         return self._execute
 
     @execute.setter
-    def execute(self, mode: Literal["simulate", "native"]) -> None:
+    def execute(self, mode: str) -> None:
         if mode not in ("simulate", "native"):
             raise ValueError(f"execute must be 'simulate' or 'native', got {mode!r}")
         self._execute = mode
@@ -115,15 +116,7 @@ class QuantizedModel(nn.Module):
 
     def stored_bytes(self) -> int:
         """Bytes of all weights as stored: packed codes and scales, and the rest in the network's dtype."""
-        seen: dict[int, int] = {}
-        for module in self.network.modules():
-            own = [*module._parameters.values(), *(
-                value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set
-            )]  # fmt: skip
-            for tensor in own:
-                if tensor is not None:
-                    seen[id(tensor)] = tensor.numel() * tensor.element_size()
-        return sum(seen.values())
+        return stored_bytes(self.network)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._execute == "native":
@@ -322,8 +315,8 @@ def mixed_precision(
         else total(table, config) / total(table, dict.fromkeys(config, 16))
     )
     quantized.report = Report(
-        tuple(names), judge.evaluations, accuracy, judge.base, judge.floor, judge.confidence(), quantized.stored_bytes(),
-        plain.stored_bytes(), relative, predicted, measured, reference, tuple(raised),
+        tuple(names), judge.evaluations, accuracy, judge.base, judge.floor, judge.confidence(),
+        quantized.stored_bytes(), plain.stored_bytes(), relative, predicted, measured, reference, tuple(raised),
     )  # fmt: skip
     return quantized
 
@@ -380,8 +373,8 @@ class _Judge:
 
 
 def _costs(
-    cost: Any, model: nn.Module, ranges: Ranges, example: Any, bits: Sequence[int], dtype: torch.dtype, per_channel: bool,
-    native: bool,
+    cost: Any, model: nn.Module, ranges: Ranges, example: Any, bits: Sequence[int], dtype: torch.dtype,
+    per_channel: bool, native: bool,
 ) -> tuple[Table, LatencyTable | None]:  # fmt: skip
     if callable(cost):
         return {name: {width: float(cost(name, width)) for width in bits} for name in ranges}, None

@@ -127,7 +127,7 @@ def half_pair_scores(interactions: Interactions) -> Float[Tensor, " layers"]:
 
 
 def greedy_pairs(single: Float[Tensor, " layers"], pair: Float[Tensor, "layers layers"]) -> list[int]:
-    """r2 (and r4, with `Omega_ij = e_i^T H e_j`): append again and again the layer that costs least beside those chosen.
+    """r2 (r4 with `Omega_ij = e_i^T H e_j`): append the layer that costs least beside those chosen, again and again.
 
     That is `argmin_i d_i + sum_{j chosen} Omega_ij`; the first of equals is taken.
     """

@@ -53,7 +53,7 @@ class SimulatedLayer(nn.Module):
         self.clips[bits] = weight, input
         self._weights.pop(bits, None)
 
-    def rounded(self, bits: int) -> Float[Tensor, out *rest]:
+    def rounded(self, bits: int) -> Float[Tensor, out * rest]:
         """The weight on the grid of `bits` bits, in float32; kept, because a search asks for it again and again."""
         if bits not in self._weights:
             clip = self.clip(bits)[0]
@@ -152,7 +152,7 @@ class Simulator(nn.Module):
 
 
 def keep_inference_path(model: nn.Module) -> None:
-    """Keeps PyTorch's fused transformer encoder, which reads weights past the layers that hold them, from being taken."""
+    """Keeps PyTorch from taking its fused transformer encoder, which reads weights past the layers that hold them."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0

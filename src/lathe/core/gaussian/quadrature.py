@@ -66,8 +66,10 @@ def line_expectation(
     f: Callable[[Tensor], Tensor],
     K: Float[Tensor, "*batch"],
     kinks: Sequence[float] = (),
-) -> Float[Tensor, "*batch"]:
-    """`<f(z)>` over one variable `z ~ N(0, K)` for each variance in `K`; `f` acts elementwise.
+) -> Float[Tensor, "*values"]:
+    """`<f(z)>` over one variable `z ~ N(0, K)` for each variance in `K`.
+
+    `f` acts elementwise, `(*batch, nodes) -> (*batch, nodes)`; it may give several values, on axes in front.
 
     Panels that shrink geometrically towards zero resolve functions with structure at any scale between 1e-3 and 10
     standard deviations, so that variances from 1e-6 to 1e6 need no tuning; zero and `kinks` are panel edges.

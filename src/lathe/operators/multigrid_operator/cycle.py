@@ -79,7 +79,7 @@ class _MultigridConv(nn.Module):
         steps: instead of `levels`, `pre`, `post`, `coarse`: smoothing steps `(before, after)` by level, finest first.
         pre: smoothing steps before the coarser levels.
         post: smoothing steps after them.
-        coarse: smoothing steps on the coarsest level.
+        coarse: smoothing steps on the coarsest level of several; a single level takes `pre` steps.
         residual: restrict f - A u (the true cycle, default) or f alone (the authors' code).
         transfer: the coarser level's guess: `"pi"`, a learned Pi u, or `"zero"`.
         kernel_size: of S and A, odd; R and Pi have 3 taps an axis, P has 4 (offsets -1..2 around the coarse point).

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lathe.core.gaussian import Activation, line_expectation
+from lathe.core.gaussian import Activation, activation, line_expectation
 from lathe.theory.deep_learning_theory import (
     NoCriticalPoint,
     aspect_ratio,
@@ -145,7 +145,7 @@ def test_linear_networks_have_polynomial_tensors():
     torch.testing.assert_close(found["V"], 2 * (layers - 1))
     torch.testing.assert_close(found["F"], layers * (layers - 1) / 2)
     torch.testing.assert_close(found["B"], (layers - 1) * layers * (2 * layers - 1) / 6)
-    assert found["P"].abs().max() == 0
+    assert found["P"].abs().max() < 1e-12
 
 
 def test_relu_moves_no_kernel_by_p():
@@ -157,7 +157,7 @@ def test_relu_moves_no_kernel_by_p():
 @settings(max_examples=25, deadline=None)
 def test_three_formulas_of_chi_agree(K, act):
     kernel = one(K).requires_grad_()
-    s = Activation(lambda z: z) if act == "linear" else __import__("lathe.core.gaussian", fromlist=["x"]).activation(act)
+    s = activation(act)
     by_moments, perp, h = susceptibilities(kernel.detach(), act, 0.0, 1.4)
     square = line_expectation(lambda z: s(z) ** 2, kernel, s.kinks)
     (by_autograd,) = torch.autograd.grad(1.4 * square, kernel)
@@ -247,9 +247,9 @@ def test_tanh_decays_as_a_power_with_the_predicted_constants():
 
 
 def test_bias_and_weight_parts_of_the_critical_ntk():
-    bias = finite_width_single(one(1.0), [1] * 2001, "tanh", 0.0, 1.0, 1.0, 0.0)["Theta"][-1] / 2000
-    weight = finite_width_single(one(1.0), [1] * 2001, "tanh", 0.0, 1.0, 0.0, 1.0)["Theta"][-1]
-    assert bias.item() == pytest.approx(1 / 2, abs=0.01) and weight.item() == pytest.approx(1 / 2, abs=0.01)
+    bias = finite_width_single(one(1.0), [1] * 401, "tanh", 0.0, 1.0, 1.0, 0.0)["Theta"][-1] / 400
+    weight = finite_width_single(one(1.0), [1] * 401, "tanh", 0.0, 1.0, 0.0, 1.0)["Theta"][-1]
+    assert bias.item() == pytest.approx(1 / 2, abs=0.02) and weight.item() == pytest.approx(1 / 2, abs=0.02)
     relu = finite_width_single(one(3.0), [1] * 8, "relu", 0.0, 2.0, 0.3, 0.7, theta1=one(0.3 + 0.7 * 1.5))["Theta"]
     torch.testing.assert_close(relu, (0.3 + 0.7 * 3.0 / 2) * torch.arange(1, 8, dtype=torch.float64))
 
@@ -311,7 +311,7 @@ def test_bad_arguments_are_refused(rng):
         finite_width_single(one(1.0), [3, 0, 2], "relu", 0.0, 1.0)
     with pytest.raises(ValueError, match="K must be positive"):
         susceptibilities(one(0.0), "relu", 0.0, 1.0)
-    with pytest.raises(ValueError, match="n_out must be at least 2, got|n_out must be at least 2"):
+    with pytest.raises(ValueError, match="n_out must be at least 2.*got 1"):
         aspect_ratio("relu", 1)
     with pytest.raises(ValueError, match="gamma must lie"):
         aspect_ratio("relu", 10, 1.0)

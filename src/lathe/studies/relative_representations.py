@@ -419,8 +419,8 @@ def more_anchors(run: Run) -> Measurement:
     also = {f"stitched MSE x 100 with {count} anchors": 100 * error for count, error in zip(counts, errors)}
     also["largest ratio of one error to that with fewer anchors"] = max(b / a for a, b in pairwise(errors))
     note = (
-        "tried on 1,200 digits first: the error rose again from 64 to 256 anchors (MSE x 100 1.7 to 2.8), since latents of "
-        "networks trained that long on so few images drift to an offset of ten times their spread, which cosines see"
+        "tried on 1,200 digits first: the error rose again from 64 to 256 anchors (MSE x 100 1.7 to 2.8); latents of "
+        "networks trained that long on so few images have drifted to an offset of ten times their spread"
     )
     return compare(first.tolist(), last.tolist(), how="ratio", also=also, note=note if run.scale == "desk" else "")
 

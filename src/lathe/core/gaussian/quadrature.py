@@ -180,15 +180,22 @@ def _panel_nodes(edges: Tensor, order: int) -> tuple[Tensor, Tensor]:
     return u.flatten(-2), w.flatten(-2)
 
 
+@functools.lru_cache(maxsize=1)
+def _graded_nodes() -> tuple[np.ndarray, np.ndarray]:
+    u, w = _panel_nodes(torch.tensor(_graded_edges(14)), 20)
+    return u.numpy(), w.numpy()
+
+
 def _line_nodes(K: Tensor, kinks: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    scale = K.clamp_min(0).sqrt().unsqueeze(-1) if not K.requires_grad else K.sqrt().unsqueeze(-1)
-    edges = K.new_tensor(_graded_edges(14))
+    scale = (K if K.requires_grad else K.clamp_min(0)).sqrt().unsqueeze(-1)
     extra = [kink for kink in kinks if kink != 0]
-    if extra:
-        safe = torch.where(scale > 0, scale, 1.0)
-        cuts = torch.clamp(torch.cat([kink / safe for kink in extra], -1), -_REACH, _REACH)
-        edges = torch.cat([edges.expand(*K.shape, -1), cuts], -1).sort(-1).values
-    u, w = _panel_nodes(edges, 20)
+    if not extra:  # zero is an edge anyway, and the nodes are the same for all variances
+        nodes, weights = _graded_nodes()
+        return K.new_tensor(nodes) * scale, K.new_tensor(weights)
+    safe = torch.where(scale > 0, scale, 1.0)
+    cuts = torch.clamp(torch.cat([kink / safe for kink in extra], -1), -_REACH, _REACH)
+    edges = K.new_tensor(_graded_edges(14)).expand(*K.shape, -1)
+    u, w = _panel_nodes(torch.cat([edges, cuts], -1).sort(-1).values, 20)
     return u * scale, w
 
 

@@ -143,17 +143,19 @@ def _of_call(node: fx.Node) -> Activation:
     return Activation(functools.partial(function, **options), kinks=known.kinks, name=known.name)
 
 
-def _closes_branch(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _closes_branch(layer: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the layer's output is added, with no activation between, to a stream that leaves the graph before it."""
-    for user in node.users:
-        if user.target in _SUMS:
-            upstream = _ancestors(node)
-            others = [source for source in user.all_input_nodes if node not in _ancestors(source) | {source}]
-            if any((_ancestors(source) | {source}) & upstream for source in others):
-                return True
-        stops = _activation_of(user, modules) is not None or _is_weighted(user, modules) or user.target in _SUMS
-        if not stops and user.op in ("call_module", "call_function", "call_method") and _closes_branch(user, modules):
-            return True
+    upstream = _ancestors(layer)
+    pending = [layer]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.target in _SUMS:
+                others = [_ancestors(source) | {source} for source in user.all_input_nodes]
+                if any(layer not in other and other & upstream for other in others):
+                    return True
+            elif _activation_of(user, modules) is None and not _is_weighted(user, modules):
+                pending.append(user)
     return False
 
 

@@ -85,7 +85,9 @@ def test_layers_that_are_asked_for_are_the_same_layers(rng):
 def test_kernels_can_be_differentiated_by_inputs(rng):
     x = torch.randn(3, 2, dtype=torch.float64, generator=rng).requires_grad_()
     weights = torch.randn(3, 3, dtype=torch.float64, generator=rng)
-    assert torch.autograd.gradcheck(lambda x: (kernel_recursion(x, 3, "tanh", 0.1, 1.2)[-1] * weights).sum(), x, atol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda x: (kernel_recursion(x, 3, "tanh", 0.1, 1.2)[-1] * weights).sum(), x, atol=1e-5
+    )
 
 
 def test_predictions_interpolate_and_follow_the_linear_model(rng):
@@ -182,7 +184,7 @@ def test_gelu_moments_in_closed_form():
     assert perp.item() == pytest.approx((orthant + K * e * (2 / (1 + K) + 1 / (1 + 2 * K))).item(), abs=1e-10)
     point = critical_point("gelu")
     assert point.K_star == pytest.approx(K.item(), abs=1e-10)
-    assert point.C_W == pytest.approx(1 / perp.item(), abs=1e-10)
+    assert pytest.approx(1 / perp.item(), abs=1e-10) == point.C_W
     assert point.C_b == pytest.approx((K - square / perp).item(), abs=1e-10)
 
 
@@ -243,7 +245,9 @@ def test_tanh_decays_as_a_power_with_the_predicted_constants():
     assert 2 * 200 * found["K"][199].item() == pytest.approx(1.013, abs=1e-3)
     assert (found["V"][199] / found["K"][199] ** 2).item() / 200 == pytest.approx(0.656, abs=1e-3)
     par, perp, _ = susceptibilities(found["K"][-1], "tanh", 0.0, 1.0)
-    assert 1000 * (1 - par.item()) == pytest.approx(2, abs=0.02) and 1000 * (1 - perp.item()) == pytest.approx(1, abs=0.01)
+    assert 1000 * (1 - par.item()) == pytest.approx(2, abs=0.02) and 1000 * (1 - perp.item()) == pytest.approx(
+        1, abs=0.01
+    )
 
 
 def test_bias_and_weight_parts_of_the_critical_ntk():
@@ -255,7 +259,9 @@ def test_bias_and_weight_parts_of_the_critical_ntk():
 
 
 def test_aspect_ratios_and_the_series_behind_them():
-    assert aspect_ratio("relu", 10) == pytest.approx(4 / (50 * 5)) and aspect_ratio("tanh", 1 + 1) == pytest.approx(4 / 26 * 1.5)
+    assert aspect_ratio("relu", 10) == pytest.approx(4 / (50 * 5)) and aspect_ratio("tanh", 1 + 1) == pytest.approx(
+        4 / 26 * 1.5
+    )
     for m1, m2 in ((1, 1), (2, 3), (5, 5)):
         second, third = information_series(m1, m2)
         assert 8 * second == m1 * m2 and 6 * third == -second * (3 * (m1 + m2) + 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lathe.core.gaussian import activation
 from lathe.studies.deep_learning_theory import draw_networks, observe
 from lathe.theory.deep_learning_theory import (
     NoCriticalPoint,
@@ -24,6 +26,7 @@ from lathe.theory.deep_learning_theory import (
     learning_rate_tensor,
     ntk_recursion,
 )
+from lathe.theory.deep_learning_theory.finite_width import _four_points, _pair_tables
 
 TENSORS = "VDFABPQ"
 WIDTHS = [3, 20, 35, 10, 17]
@@ -47,7 +50,7 @@ def test_equal_indices_are_the_single_input(act, rng):
 
 
 def test_nearly_equal_inputs_go_over_into_the_single_input(rng):
-    x = inputs(rng, 1)
+    x = inputs(rng, 1) * 0.7
     near = finite_width(torch.cat([x, x * (1 + 1e-7)]), WIDTHS, "tanh", 0.1, 1.2, 0.3, 0.7)
     single = finite_width_single(0.1 + 1.2 * (x * x).sum(1) / 3, WIDTHS, "tanh", 0.1, 1.2, 0.3, 0.7)
     for name in TENSORS:
@@ -85,14 +88,34 @@ def test_tensors_have_their_symmetries(rng):
             torch.testing.assert_close(t[name], t[name].permute(permutation), atol=1e-10, rtol=0)
 
 
-def test_kinks_are_the_limit_of_smooth_bends(rng):
-    # Softplus of large sharpness becomes ReLU: the delta functions of ReLU's curvature must be where they belong.
-    x = inputs(rng) * 2
-    sharp = finite_width(x, [3, 12, 20, 9], lambda z: F.softplus(z, beta=40.0, threshold=1e3), 0.1, 1.7, 0.3, 0.7, order=400)
-    relu = finite_width(x, [3, 12, 20, 9], "relu", 0.1, 1.7, 0.3, 0.7)
+def test_delta_functions_of_relu_are_where_they_belong():
+    K = torch.tensor([[1.2, 0.4], [0.4, 0.7]], dtype=torch.float64)
+    relu = activation("relu")
+    _, _, curve, _, both = _pair_tables(relu, K)
+    # <delta(z_0) z_1^+>: the density at zero times the mean of what is left of z_1.
+    left = 0.7 - 0.4**2 / 1.2
+    expected = math.sqrt(left / (2 * math.pi)) / math.sqrt(2 * math.pi * 1.2)
+    assert curve[0, 1].item() == pytest.approx(expected, abs=1e-8)
+    assert both[0, 1].item() == pytest.approx(1 / (2 * math.pi * math.sqrt(1.2 * 0.7 - 0.4**2)), abs=1e-8)
+    bent = _four_points(relu, K, None)[3]
+    # A delta function meets s' at its own jump: delta s'^m counts 1 / (m + 1).
+    for index, share in {
+        (0, 1, 1, 1): 1,
+        (0, 0, 1, 1): 1 / 2,
+        (0, 1, 0, 1): 1 / 2,
+        (0, 0, 0, 1): 1 / 3,
+        (0, 1, 1, 0): 0,
+    }.items():
+        assert bent[index].item() == pytest.approx(share * expected, abs=1e-8), index
+
+
+def test_curvature_by_parts_is_the_curvature(rng):
+    # A smooth activation that claims a kink goes the way of the kinked ones.
+    smooth, kinked = activation("gelu"), dataclasses.replace(activation("gelu"), kinks=(0.0,))
+    x = inputs(rng, 3) * 0.7
+    a, b = (finite_width(x, WIDTHS[:4], act, 0.1, 1.2, 0.3, 0.7) for act in (smooth, kinked))
     for name in TENSORS:
-        scale = relu[name].abs().max().item()
-        assert (sharp[name] - relu[name]).abs().max().item() < 0.05 * scale + 0.01, name
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0, msg=name)
 
 
 def test_sampled_networks_have_these_tensors(rng):
@@ -172,7 +195,9 @@ class Residual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.enter, self.first, self.second, self.out = (nn.Linear(a, b) for a, b in ((6, 64), (64, 64), (64, 64), (64, 3)))
+        self.enter, self.first, self.second, self.out = (
+            nn.Linear(a, b) for a, b in ((6, 64), (64, 64), (64, 64), (64, 3))
+        )
 
     def forward(self, x):
         z = self.enter(x)
@@ -231,7 +256,9 @@ def test_param_groups_make_layers_contribute_equally_to_the_ntk():
     # At infinite width: the increments that the layers' parameters add to the last NTK, one layer's rate at a time.
     for act, x_scale in (("relu", 1.0), ("tanh", 0.3)):
         depth, n = 12, 5
-        model = nn.Sequential(*[m for _ in range(depth) for m in (nn.Linear(n, n), nn.Tanh() if act == "tanh" else nn.ReLU())])
+        model = nn.Sequential(
+            *[m for _ in range(depth) for m in (nn.Linear(n, n), nn.Tanh() if act == "tanh" else nn.ReLU())]
+        )
         groups = critical_param_groups(model, lr=1.0)
         assert len(groups) == 2 * depth and sum(len(g["params"]) for g in groups) == 2 * depth
         weights, biases = ([g["lr"] for g in groups[k::2]] for k in (0, 1))

@@ -56,9 +56,15 @@ def _as_float(layer: QuantLinear | QuantConv2d, dtype: torch.dtype) -> nn.Linear
     if isinstance(layer, QuantLinear):
         plain = nn.Linear(layer.in_features, layer.out_features, bias)
     else:
-        geometry: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
-        mode: Any = layer.padding_mode
-        plain = nn.Conv2d(layer.in_channels, layer.out_channels, *geometry, bias, mode)
+        options: dict[str, Any] = {
+            "stride": layer.stride,
+            "padding": layer.padding,
+            "dilation": layer.dilation,
+            "groups": layer.groups,
+            "bias": bias,
+            "padding_mode": layer.padding_mode,
+        }
+        plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **options)  # type: ignore[arg-type]
     with torch.no_grad():
         plain.weight.copy_(layer.weight)
         if layer.bias is not None and plain.bias is not None:

@@ -154,9 +154,7 @@ _NAMED = {
     ),
     "swish": Activation(F.silu, _swish_d1, _swish_d2, name="swish"),
     "sigmoid": Activation(torch.sigmoid, name="sigmoid"),
-    "softplus": Activation(
-        F.softplus, torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), name="softplus"
-    ),
+    "softplus": Activation(F.softplus, torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), name="softplus"),
     "mish": Activation(lambda z: z * torch.tanh(F.softplus(z)), name="mish"),
     "elu": Activation(F.elu, kinks=(0.0,), name="elu"),
     "selu": Activation(F.selu, kinks=(0.0,), name="selu"),

@@ -36,8 +36,8 @@ def hermite_coefficients(act: Activation, K: Float[Tensor, "*batch"], count: int
 
 
 def pair_moments(
-    act: Activation, kaa: Float[Tensor, "..."], kab: Float[Tensor, "..."], kbb: Float[Tensor, "..."]
-) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    act: Activation, kaa: Float[Tensor, ...], kab: Float[Tensor, ...], kbb: Float[Tensor, ...]
+) -> tuple[Float[Tensor, ...], Float[Tensor, ...]]:
     """`<s_a s_b>` and `<s'_a s'_b>` for jointly Gaussian pairs; the three arguments broadcast; differentiable.
 
     In closed form where the activation has one, else by a Hermite series cut where what it leaves out is below 1e-12

@@ -264,4 +264,6 @@ def _adaptive_order(f: Callable[..., Tensor], K: Tensor, tolerance: float, kinks
         if (fine - coarse).abs().max() <= tolerance * fine.abs().max().clamp_min(1e-300):
             return fine
         coarse = fine
-    raise ValueError(f"method 'adaptive' did not settle to {tolerance:g} with {order} nodes a dimension; name the kinks")
+    raise ValueError(
+        f"method 'adaptive' did not settle to {tolerance:g} with {order} nodes a dimension; name the kinks"
+    )

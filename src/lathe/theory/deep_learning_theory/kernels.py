@@ -114,7 +114,9 @@ def kernel_prediction(
     `ridge` is added to the diagonal of both training kernels. A network that starts from outputs `z0` ends at
     `z0(test) + Theta_ta Theta_aa^-1 (y - z0)`; its mean over initialisations is `trained`.
     """
-    K, theta = (k[0] for k in ntk_recursion(torch.cat([x, x_test]), depth, act, C_b, C_W, lambda_b, lambda_W, layers=[depth]))
+    K, theta = (
+        k[0] for k in ntk_recursion(torch.cat([x, x_test]), depth, act, C_b, C_W, lambda_b, lambda_W, layers=[depth])
+    )
     n = len(x)
     noise = ridge * torch.eye(n, dtype=x.dtype, device=x.device)
     weights = torch.linalg.solve(K[:n, :n] + noise, K[:n, n:])

@@ -36,7 +36,7 @@ def learning_rate_tensor(model: nn.Module, lambda_b: float = 1.0, lambda_W: floa
 
 
 def empirical_ntk(
-    model: nn.Module, x: Float[Tensor, "batch *features"], lr_tensor: Rates | None = None
+    model: nn.Module, x: Float[Tensor, batch *features], lr_tensor: Rates | None = None
 ) -> Float[Tensor, "batch batch outputs outputs"]:
     """`H[a1, a2, i1, i2] = sum_mu lambda_mu (dz_i1(x_a1)/dtheta_mu) (dz_i2(x_a2)/dtheta_mu)` of this network.
 
@@ -52,7 +52,7 @@ def empirical_ntk(
 
 
 def empirical_dntk(
-    model: nn.Module, x: Float[Tensor, "batch *features"], lr_tensor: Rates | None = None
+    model: nn.Module, x: Float[Tensor, batch *features], lr_tensor: Rates | None = None
 ) -> Float[Tensor, "batch batch batch outputs outputs outputs"]:
     """`dH[a0, a1, a2, i0, i1, i2] = sum lambda_mu lambda_nu (d2 z_0/dmu dnu)(dz_1/dmu)(dz_2/dnu)`: the NTK's differential.
 
@@ -121,7 +121,9 @@ class DepthReport:
         }
 
     def __str__(self) -> str:
-        head = ["layer"] + [f"{name} ({who})" for name, sides in self._columns().items() for who, v in sides if v is not None]
+        head = ["layer"] + [
+            f"{name} ({who})" for name, sides in self._columns().items() for who, v in sides if v is not None
+        ]
         rows = [head]
         for layer, name in enumerate(self.names):
             row = [name]
@@ -153,7 +155,7 @@ class DepthReport:
 
 def depth_report(
     model: nn.Module,
-    x: Float[Tensor, "inputs *features"],
+    x: Float[Tensor, inputs *features],
     *,
     act: ActivationLike | None = None,
     C_b: float | None = None,

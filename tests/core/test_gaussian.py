@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -55,7 +56,7 @@ def by_scipy(f, g, kaa, kab, kbb):
     edges = [-8.0, *[c for c in cuts if abs(c) < 8], 8.0]
     nodes, weights = np.polynomial.legendre.leggauss(12)
     total = 0.0
-    for left, right in zip(edges, edges[1:]):
+    for left, right in itertools.pairwise(edges):
         total += (
             (right - left) / 2 * sum(w * outer(left + (right - left) * (x + 1) / 2) for x, w in zip(nodes, weights))
         )
@@ -162,7 +163,7 @@ def test_moments_obey_cauchy_and_schwarz_at_any_scale(variance, other, correlati
 
 
 def test_a_long_series_is_still_the_integral():
-    # tanh at variance 20 is nearly a step: a thousand terms, checked at equal inputs, where the integral is over a line.
+    # tanh at variance 20 is nearly a step: a thousand terms, checked at equal inputs, an integral over a line.
     K = torch.tensor(20.0, dtype=torch.float64)
     act = activation("tanh")
     kernel, slope = pair_moments(act, K, K, K)
@@ -267,9 +268,9 @@ def test_modules_and_functions_are_understood(spec, function):
 
 def test_bad_arguments_are_refused():
     K = torch.eye(2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="spec must name a known activation.*'tahn'"):
+    with pytest.raises(ValueError, match=r"spec must name a known activation.*'tahn'"):
         activation("tahn")
-    with pytest.raises(ValueError, match="method must be.*'simpson'"):
+    with pytest.raises(ValueError, match=r"method must be.*'simpson'"):
         gaussian_expectation(lambda a, b: a * b, K, method="simpson")
     with pytest.raises(ValueError, match="got 1 for 2"):
         gaussian_expectation((activation("relu"),), K)

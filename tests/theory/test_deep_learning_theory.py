@@ -134,7 +134,8 @@ def test_sampled_networks_fluctuate_as_the_exact_product(act, nu, rng):
     G = h.square().mean((1, 2)) * (2 if act == "relu" else 1)
     relative = G.square().mean() / G.mean() ** 2
     bootstrap = torch.stack([
-        (lambda g: g.square().mean() / g.mean() ** 2)(G[torch.randint(nets, (nets,), generator=rng)]) for _ in range(100)
+        (lambda g: g.square().mean() / g.mean() ** 2)(G[torch.randint(nets, (nets,), generator=rng)])
+        for _ in range(100)
     ])  # fmt: skip
     assert abs(relative - (1 + nu / n) ** depth) < 4 * bootstrap.std()
 
@@ -160,7 +161,7 @@ def test_relu_moves_no_kernel_by_p():
 def test_three_formulas_of_chi_agree(K, act):
     kernel = one(K).requires_grad_()
     s = activation(act)
-    by_moments, perp, h = susceptibilities(kernel.detach(), act, 0.0, 1.4)
+    by_moments, _, h = susceptibilities(kernel.detach(), act, 0.0, 1.4)
     square = line_expectation(lambda z: s(z) ** 2, kernel, s.kinks)
     (by_autograd,) = torch.autograd.grad(1.4 * square, kernel)
     weighted = line_expectation(lambda z: s(z) ** 2 * (z * z - K), kernel.detach(), s.kinks)
@@ -305,7 +306,7 @@ def test_bad_arguments_are_refused(rng):
     x = torch.randn(2, 3, dtype=torch.float64, generator=rng)
     with pytest.raises(ValueError, match="C_W must be positive, got 0"):
         kernel_recursion(x, 2, "relu", 0.0, 0.0)
-    with pytest.raises(ValueError, match="C_b must not be negative, got -0.1"):
+    with pytest.raises(ValueError, match=r"C_b must not be negative, got -0\.1"):
         ntk_recursion(x, 2, "relu", -0.1, 1.0)
     with pytest.raises(ValueError, match="x must be finite"):
         kernel_recursion(x * math.inf, 2, "relu", 0.0, 1.0)
@@ -317,7 +318,7 @@ def test_bad_arguments_are_refused(rng):
         finite_width_single(one(1.0), [3, 0, 2], "relu", 0.0, 1.0)
     with pytest.raises(ValueError, match="K must be positive"):
         susceptibilities(one(0.0), "relu", 0.0, 1.0)
-    with pytest.raises(ValueError, match="n_out must be at least 2.*got 1"):
+    with pytest.raises(ValueError, match=r"n_out must be at least 2.*got 1"):
         aspect_ratio("relu", 1)
     with pytest.raises(ValueError, match="gamma must lie"):
         aspect_ratio("relu", 10, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -51,19 +52,22 @@ assert abs(layers[0].C_W - 1.98305826) < 1e-8 and (report.kernel > 0.5).all() an
     scales={
         "smoke": Setting(
             seeds=1, nets=4000, width=64, wide=128, depth=10, sampled_nets=2000, sampled_width=24, sampled_chunk=1000,
-            data="digits", deep=20, deep_width=32, deep_steps=40, deep_batch=50, deep_lrs=(0.0003, 0.001, 0.003), deep_momentum=0.9,
+            data="digits", deep=20, deep_width=32, deep_steps=40, deep_batch=50,
+            deep_lrs=(0.0003, 0.001, 0.003), deep_momentum=0.9,
             depths=(4, 8), rate_width=32, rate_examples=64, rate_steps=10, octaves=(-4, 4),
             shapes=((2, 64), (4, 32)), shape_nets=20, shape_inputs=8,
         ),
         "desk": Setting(
             nets=200_000, width=64, wide=256, depth=10, sampled_nets=20_000, sampled_width=30, sampled_chunk=2000,
-            data="digits", deep=100, deep_width=128, deep_steps=300, deep_batch=50, deep_lrs=(0.0003, 0.001, 0.003), deep_momentum=0.9,
+            data="digits", deep=100, deep_width=128, deep_steps=300, deep_batch=50,
+            deep_lrs=(0.0003, 0.001, 0.003), deep_momentum=0.9,
             depths=(4, 8, 16, 32), rate_width=64, rate_examples=256, rate_steps=30, octaves=(-6, 6),
             shapes=((2, 100), (3, 75), (4, 50), (6, 50), (8, 40), (9, 30)), shape_nets=200, shape_inputs=8,
         ),
         "full": Setting(
             nets=1_000_000, width=64, wide=256, depth=10, sampled_nets=1_000_000, sampled_width=200, sampled_chunk=1000,
-            data="mnist", deep=200, deep_width=300, deep_steps=5000, deep_batch=100, deep_lrs=(0.0001, 0.0003, 0.001), deep_momentum=0.9,
+            data="mnist", deep=200, deep_width=300, deep_steps=5000, deep_batch=100,
+            deep_lrs=(0.0001, 0.0003, 0.001), deep_momentum=0.9,
             depths=(4, 8, 16, 32, 64), rate_width=512, rate_examples=2000, rate_steps=100, octaves=(-6, 6),
             shapes=((2, 100), (4, 200), (4, 50), (8, 100), (12, 60), (30, 100)), shape_nets=1000, shape_inputs=16,
         ),
@@ -160,12 +164,12 @@ def fluctuations_grow_with_depth(run: Run) -> Measurement:
             "linear growth": growth["linear"],
             "tanh growth": growth["tanh"],
         },
-        note="growth per layer at the larger width, the exact power (1 + nu/n)^(l-1) divided out; whole networks are drawn "
-        "layer by layer, each layer's neurons being independent given the kernel of the one before",
+        note="growth a layer at the larger width, the exact power (1 + nu/n)^(l-1) divided out; a layer's neurons are drawn "
+        "independently, as they are given the kernel of the layer before",
     )
 
 
-def kernel_moments_of_draws(run: Run, seed: int, name: str, n: int) -> list[list[float]] | tuple[Tensor, Tensor]:
+def kernel_moments_of_draws(run: Run, seed: int, name: str, n: int) -> tuple[Tensor, Tensor]:
     """`E[G]` and `E[G^2]` at each layer over drawn networks that start from K = 1."""
     s, act, point = run.setting, activation(name), critical_point(name)
     generator = run.generator(seed)
@@ -186,7 +190,7 @@ def kernel_moments_of_draws(run: Run, seed: int, name: str, n: int) -> list[list
 
 @study.claim(
     "C3",
-    "At criticality tanh kernels decay as a power, K l (-a_1) -> 1; away from it they relax exponentially, as predicted",
+    "At criticality tanh kernels decay as a power, K l (-a_1) -> 1; elsewhere they relax exponentially, as predicted",
     paper="Chapter 5: K ~ 1/((-a_1) l); correlation length 1/|log chi|",
     kind="exact",
     holds=between(0.99, 1.01),
@@ -296,7 +300,7 @@ def draw_networks(
 ) -> tuple[Tensor, ...]:
     """Weights and biases of `count` networks at a time: `(count, out, in)`, `(count, 1, out)`, layer by layer."""
     drawn = []
-    for fan_in, fan_out in zip(widths, widths[1:]):
+    for fan_in, fan_out in itertools.pairwise(widths):
         drawn.append(
             torch.randn(count, fan_out, fan_in, dtype=torch.float64, generator=generator) * math.sqrt(C_W / fan_in)
         )
@@ -324,7 +328,7 @@ def observe(drawn: tuple[Tensor, ...], x: Tensor) -> dict[str, Tensor]:
     ]
     rates = [lambda_W / p.shape[-1] if k % 2 == 0 else lambda_b for k, p in enumerate(leaves)]
     flat = [torch.stack([g[k].flatten(1) for g in gradients], 1) for k in range(len(leaves))]
-    H = sum(rate * f @ f.mT for rate, f in zip(rates, flat))
+    H = torch.stack([rate * f @ f.mT for rate, f in zip(rates, flat)]).sum(0)
     frozen = tuple(p.detach() for p in drawn)
     size = inputs * outputs
     dH = torch.zeros(count, inputs, outputs, size, size, dtype=torch.float64)
@@ -373,8 +377,8 @@ def only_critical_networks_train(run: Run) -> Measurement:
     best = {C_W: [max(by_lr) for by_lr in runs] for C_W, runs in results.items()}
     others = [max(pair) for pair in zip(best[0.5], best[2.0])]
     also = {f"accuracy at C_W = {C_W:g}": statistics.fmean(values) for C_W, values in best.items()}
-    note = "at C_W = 2 the correlation length is 10 layers; networks of depth 60 and width 64 still trained there, so that "
-    note += "the comparison is made at depth 100 and width 128"
+    note = "at C_W = 2 the correlation length is 10 layers, and networks of depth 60 and width 64 still trained; "
+    note += "the comparison is therefore made at depth 100 and width 128, with momentum"
     return compare(best[1.0], others, also=also, note=note if run.scale == "desk" else "")
 
 
@@ -608,10 +612,10 @@ def optimal_ratio(run: Run) -> Measurement:
         errors.append(abs(fit[1].item() / (-(m1 * m2 / 8) * (3 * (m1 + m2) + 14) / 6) - 1))
     nu, rows = fluctuation_rate("relu"), []
     for n_out in (2, 10):
-        second, third = map(float, information_series(n_out // 2, n_out - n_out // 2))
+        quadratic, cubic = map(float, information_series(n_out // 2, n_out - n_out // 2))
         for k in range(61):
             ratio = k / 60 * 0.06
-            information = second * (nu * ratio) ** 2 + third * (nu * ratio) ** 3
+            information = quadratic * (nu * ratio) ** 2 + cubic * (nu * ratio) ** 3
             rows.append({"ratio": ratio, "information": max(information, 0.0), "outputs": str(n_out)})
     run.figure(
         alt.Chart(alt.Data(values=rows), width="container", height=260)

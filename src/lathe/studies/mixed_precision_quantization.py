@@ -81,8 +81,8 @@ assert small.report.bytes < small.report.base_bytes    # small.config says which
         "desk": Setting(
             seeds=5, data="mnist", size=14, images=4000, epochs=6, width=16, calibration=256, validation=4000,
             probes=30, draws=3, floors=(0.99, 0.97), mlp_seeds=6, mlp_epochs=60, mlp_draws=8, mlp_calibration=300,
-            mlp_probes=20, models=200, resnet_data="cifar10", resnet_width=32, resnet_images=3000, resnet_epochs=4,
-            resnet_validation=2000, resnet_batch=64, repeats=15,
+            mlp_probes=20, models=200, resnet_data="cifar10", resnet_width=32, resnet_images=2500, resnet_epochs=4,
+            resnet_validation=4000, resnet_batch=64, repeats=15,
         ),
         "full": Setting(
             seeds=5, data="mnist", size=28, images=50_000, epochs=20, width=32, calibration=512, validation=10_000,
@@ -376,7 +376,11 @@ def search_mlp(run: Run, seed: int) -> dict[str, dict[str, list[float]]]:
     inputs, labels = torch.tensor(digits.data / 16.0).float(), torch.tensor(digits.target).long()
     shuffled = torch.randperm(len(inputs), generator=run.generator(seed))
     inputs, labels = inputs[shuffled], labels[shuffled]
-    training, validation = (inputs[:1200], labels[:1200]), (inputs[1200:], labels[1200:])
+    # Calibration images are new to the network: on those that it was trained on, loss and curvature are next to zero.
+    training, batch, validation = (
+        (inputs[rows], labels[rows])
+        for rows in (slice(0, 1000), slice(1000, 1000 + setting.mlp_calibration), slice(1300, None))
+    )
     torch.manual_seed(seed)
     model = ResidualMLP()
     fit(
@@ -384,7 +388,6 @@ def search_mlp(run: Run, seed: int) -> dict[str, dict[str, list[float]]]:
         schedule=one_cycle(max_lr=2e-3), epochs=setting.mlp_epochs, batch_size=64, seed=seed,
     )  # fmt: skip
     model.eval()
-    batch = tuple(each[: setting.mlp_calibration] for each in training)
     simulator = Simulator(model, calibrate(model, [batch], symmetric=True), per_channel=False)
     names = list(simulator.layers)
     interactions = pairwise_interactions(simulator, F.cross_entropy, [batch], bits=2)
@@ -467,9 +470,10 @@ def easy_network(run: Run) -> Measurement:
         seeds=len(results),
         samples=samples,
         also=also,
-        note="16 layers on digits, bits 8, 4, 3, 2; loss increase on the calibration images, ratios over random and "
-        "rounding error are of means over tolerances, as are the samples. The augmented order and the Hessian's come "
-        "out alike: they differ by less than the spread over seeds",
+        note="16 layers on digits, bits 8, 4, 3, 2; loss increase on the calibration images; ratios over random and "
+        "rounding error are of means over tolerances, as are the samples. Tried as well: calibration images that the "
+        "network was trained on, where Hessian and augmented order come out alike (1.006 at the worst tolerance, 0.93 "
+        "over random and over rounding error)",
     )
 
 
@@ -585,7 +589,7 @@ def runs_faster(run: Run) -> Measurement:
     )  # fmt: skip
     model.cpu()
     batches = list(zip(*(each[:256].split(setting.resnet_batch) for each in training)))
-    mixed = mixed_precision(model, batches, validation, keep=0.999, bits=(16, 8), cost="latency", probes=10)
+    mixed = mixed_precision(model, batches, validation, keep=0.995, bits=(16, 8), cost="latency", probes=10)
     report = mixed.report
     assert report is not None and report.predicted_latency is not None
     example = batches[0][0]
@@ -616,8 +620,9 @@ def runs_faster(run: Run) -> Measurement:
             "layers on integers": lowered,
             "bytes over bfloat16's": report.bytes / report.base_bytes,
         },
-        note=f"ResNet-8, {lowered} of {len(mixed.config)} layers at 8 bits, one thread, medians of {setting.repeats} "
-        "interleaved runs; latencies are relative to bfloat16's, measured in the same run; baseline in milliseconds",
+        note=f"ResNet-8 searched at 99.5 % of the accuracy on {len(validation[0])} images, {lowered} of "
+        f"{len(mixed.config)} layers at 8 bits, one thread, medians of {setting.repeats} interleaved runs; "
+        "latencies are relative to bfloat16's, measured in the same run; baseline in milliseconds",
     )
 
 

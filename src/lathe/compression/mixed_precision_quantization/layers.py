@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +27,7 @@ __all__ = ["QuantConv2d", "QuantLinear", "weight_clip"]
 
 
 def weight_clip(
-    weight: Float[Tensor, out * rest], bits: int, *, per_channel: bool = True, observer: Literal["max", "mse"] = "max"
+    weight: Float[Tensor, " out *rest"], bits: int, *, per_channel: bool = True, observer: Literal["max", "mse"] = "max"
 ) -> Float[Tensor, " scales"]:
     """Largest magnitude on the grid for a weight: one value, or one for each output channel.
 
@@ -102,12 +102,12 @@ class _Quantized(nn.Module):
             self.bias.copy_(bias)
         self._forget()
 
-    def codes(self) -> Int8[Tensor, out * rest]:
+    def codes(self) -> Int8[Tensor, " out *rest"]:
         """The integer weights, unpacked."""
         return unpack_bits(self.packed_weight, self.bits, self.weight_shape, signed=True)
 
     @property
-    def weight(self) -> Float[Tensor, out * rest]:
+    def weight(self) -> Float[Tensor, " out *rest"]:
         """The weights that the codes stand for, in float32."""
         if self._weight is not None and not torch.compiler.is_compiling():
             return self._weight
@@ -144,7 +144,7 @@ class _Quantized(nn.Module):
         """Have native calls return bytes on the grid of the one layer that reads them; None goes back to floats."""
         self._emits = codes
 
-    def forward(self, x: Float[Tensor, ...] | Any) -> Tensor:
+    def forward(self, x: Float[Tensor, " *shape"] | UInt8[Tensor, " *shape"]) -> Tensor:
         if self.execute == "native" and not torch.compiler.is_compiling():
             if self._kernel is not None or self._native_kernel() is not None:
                 return self._run_native(x)

@@ -53,7 +53,7 @@ class SimulatedLayer(nn.Module):
         self.clips[bits] = weight, input
         self._weights.pop(bits, None)
 
-    def rounded(self, bits: int) -> Float[Tensor, out * rest]:
+    def rounded(self, bits: int) -> Float[Tensor, " out *rest"]:
         """The weight on the grid of `bits` bits, in float32; kept, because a search asks for it again and again."""
         if bits not in self._weights:
             clip = self.clip(bits)[0]

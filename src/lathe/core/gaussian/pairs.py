@@ -40,9 +40,9 @@ def pair_moments(
 ) -> tuple[Float[Tensor, ...], Float[Tensor, ...]]:
     """`<s_a s_b>` and `<s'_a s'_b>` for jointly Gaussian pairs; the three arguments broadcast; differentiable.
 
-    In closed form where the activation has one, else by a Hermite series cut where what it leaves out is below 1e-12
-    of `<s^2>` and 1e-10 of `K <s'^2>` (the remainder is known exactly, as the series at `rho = 1` is a one-dimensional integral), else by quadrature
-    that follows the kinks.
+    In closed form where the activation has one; else by a Hermite series, cut where what it leaves out is below 1e-12
+    of `<s^2>` and 1e-10 of `K <s'^2>` (the remainder is known, as the series at `rho = 1` is an integral over a line);
+    else, with kinks, by quadrature that follows them, which is a thousand times slower.
     """
     if act.pair is not None:
         return act.pair(kaa, kab, kbb)

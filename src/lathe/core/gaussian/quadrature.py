@@ -110,6 +110,7 @@ def gaussian_expectation(
     if not torch.isfinite(K).all():
         raise ValueError("K must be finite, got infinite or NaN entries")
     factors: tuple[Activation, ...] = ()
+    function: Callable[..., Tensor]
     if not callable(f) or isinstance(f, Activation):
         factors = (f,) if isinstance(f, Activation) else tuple(f)
         if len(factors) != d:

@@ -204,7 +204,7 @@ class _BatchLayer(_EvoNorm):
         if x.ndim < 3:
             raise ValueError(f"x must have at least one spatial dimension, got shape {tuple(x.shape)}")
         sync = self.sync and self.training and dist.is_available() and dist.is_initialized()
-        if self.training and not sync and x.numel() == x.shape[1]:
+        if self.training and not sync and x.numel() <= x.shape[1]:
             raise ValueError(f"training needs more than one value per channel, got x of shape {tuple(x.shape)}")
         y, variance, count = batch_evonorm(
             x.flatten(2),

@@ -391,7 +391,7 @@ class _MultigridConv(nn.Module):
         if f.ndim != self.ndim + 2:
             raise ValueError(f"f must be (batch, channels, {self.ndim} grid axes), got shape {tuple(f.shape)}")
         if f.shape[1] != self.in_channels:
-            raise ValueError(f"f must have {self.in_channels} channels, got {f.shape[1]}")
+            raise ValueError(f"f must have {self.in_channels} channels, got f of shape {tuple(f.shape)}")
         count = len(self.steps)
         smallest = min(f.shape[2:])
         possible = (smallest + 1 - self.transfer_padding).bit_length() - (1 - self.transfer_padding)

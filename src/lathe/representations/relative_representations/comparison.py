@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "compare", "latent_similarity", "linear_cka", "retrieval_scores"]
 
-CHUNK = 1 << 22  # entries of the similarities held at a time: 16 MB in float32
+CHUNK = 1 << 24  # entries of the similarities held at a time: 64 MB in float32
 BLOCK = 64
 
 

@@ -197,8 +197,9 @@ def _prepared(measure: str | Measure, anchors: Tensor) -> Callable[[Tensor], Ten
     if callable(measure):
         return lambda x: _checked(measure(x, anchors.to(x.dtype)), x, len(anchors))
     if measure == "cosine":
-        unit = F.normalize(anchors, dim=-1, eps=NORM_FLOOR)
-        _warn_of_zeros(anchors, "an anchor")
+        norm = torch.linalg.vector_norm(anchors, dim=-1, keepdim=True)
+        _warn_of_zeros(norm, "an anchor")
+        unit = anchors / norm.clamp_min(NORM_FLOOR)
         return lambda x: _cosine(x, unit.to(x.dtype))
     if measure in ORDERS:
         order = ORDERS[measure]
@@ -252,10 +253,10 @@ def _full_precision(x: Tensor) -> torch.autocast | nullcontext[None]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _warn_of_zeros(rows: Tensor, what: str) -> None:
-    if torch.compiler.is_compiling() or rows.numel() == 0:
+def _warn_of_zeros(norms: Tensor, what: str) -> None:
+    if torch.compiler.is_compiling() or norms.numel() == 0:
         return
-    if bool((rows.detach() == 0).all(-1).any()):
+    if float(norms.detach().amin()) == 0:
         warnings.warn(f"{what} has a zero latent: its cosine to everything is set to 0", stacklevel=2)
 
 

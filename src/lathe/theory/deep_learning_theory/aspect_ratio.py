@@ -47,8 +47,8 @@ def fluctuation_rate(act: ActivationLike, gamma: float | None = None) -> float:
     """nu in `V / (n K^2) = nu L / n` at criticality: linear 2, ReLU 5, tanh and its class 2/3.
 
     With `gamma`, of residual blocks of a scale-invariant activation under Gaussian closure:
-    `(1 - gamma^2) [(3 A_4/A_2^2 - 1)(1 - gamma^2) + 4 gamma^2]`. That is exact for odd activations; for ReLU the closure
-    leaves correlations out that survive through the skip, and measured fluctuations are larger
+    `(1 - gamma^2) [(3 A_4/A_2^2 - 1)(1 - gamma^2) + 4 gamma^2]`. That is right for odd activations; for ReLU the
+    closure leaves correlations out that survive through the skip, and fluctuations are larger than it says
     (`residual_fluctuations` measures them).
     """
     point = critical_point(act)
@@ -81,7 +81,7 @@ def residual_fluctuations(
     draws: int = 20_000,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Measured `V / K^2` after each of `blocks` critical residual blocks `z' = gamma z + b + W s(z)`, from sampled nets.
+    """Measured `V / K^2` after each of `blocks` critical blocks `z' = gamma z + b + W s(z)`, over sampled networks.
 
     Given one block's input the next block's neurons are independent and Gaussian, so that whole networks are sampled
     with `width` normal variables a block and no weight matrix.

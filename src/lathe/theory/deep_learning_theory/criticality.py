@@ -32,8 +32,8 @@ class CriticalPoint:
         universality: "scale-invariant", "K*=0" or "half-stable".
         a1: curvature of the flow at zero, `s_3/s_1 + (3/4)(s_2/s_1)^2`; None away from the class K*=0.
         b1: `s_3/s_1 + (s_2/s_1)^2`; None away from the class K*=0.
-        p_perp: `chi_perp ~ 1 - p_perp / l` deep in the network; zero under scale invariance. None for half-stable points:
-            their flow is so slow (GELU: `chi_par'(K*) = -6e-4`) that no network reaches its power law.
+        p_perp: `chi_perp ~ 1 - p_perp / l` deep in the network; zero under scale invariance. None for half-stable
+            points: their flow is so slow (GELU: `chi_par'(K*) = -3e-4`) that no network reaches its power law.
         nu: growth of fluctuations, `V / (n K^2) -> nu l / n`.
     """
 
@@ -74,7 +74,9 @@ def critical_points(act: ActivationLike) -> list[CriticalPoint]:
     at_zero = _at_zero(s)
     if isinstance(at_zero, CriticalPoint):
         return [at_zero]
-    from_above, from_below, refused = [], [], [at_zero]
+    from_above: list[CriticalPoint] = []
+    from_below: list[CriticalPoint] = []
+    refused = [at_zero]
     roots = _roots(s)
     for K in roots:
         try:

@@ -115,7 +115,7 @@ def critical_param_groups(model: nn.Module, lr: float, act: ActivationLike | Non
 
 
 def layer_rates(point: CriticalPoint, layer: int, layers: int) -> tuple[float, float]:
-    """`(lambda_b, lambda_W)` of layer `layer` (from 1) of `layers`, with which all layers contribute equally to the NTK.
+    """`(lambda_b, lambda_W)` of layer `layer` (from 1) of `layers`, with which all contribute equally to the NTK.
 
     Scale invariance: both `1/L`. Class `K* = 0`: `L^(p-1) l^-p` and `(L/l)^(p-1)`, `p = p_perp`, as the kernel decays.
     Half-stable points keep their kernel, as scale invariance does, and get its rates.

@@ -23,9 +23,11 @@ _ACTIVATION_MODULES = (
     *(nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold),
 )
 _ACTIVATION_FUNCTIONS: frozenset[Any] = frozenset(
-    [torch.relu, torch.tanh, torch.sin, torch.cos, torch.erf, torch.sigmoid, torch.selu, torch.special.erf]
-    + [F.relu, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus, F.softsign, F.tanh, F.hardtanh]
-    + [F.relu6, F.sigmoid, F.logsigmoid, F.hardswish, F.hardsigmoid]
+    (
+        *(torch.relu, torch.tanh, torch.sin, torch.cos, torch.erf, torch.sigmoid, torch.selu, torch.special.erf),
+        *(F.relu, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus, F.softsign, F.tanh),
+        *(F.hardtanh, F.relu6, F.sigmoid, F.logsigmoid, F.hardswish, F.hardsigmoid),
+    )
 )
 _ACTIVATION_METHODS = {"relu": "relu", "tanh": "tanh", "sin": "sin", "cos": "cos", "erf": "erf", "sigmoid": "sigmoid"}
 _SUMS: frozenset[Any] = frozenset([operator.add, operator.iadd, torch.add, "add", "add_"])
@@ -133,7 +135,7 @@ def _of_call(node: fx.Node) -> Activation:
     options = {key: value for key, value in node.kwargs.items() if key not in ("input", "inplace")}
     rest = node.args[1:]
     if function is F.leaky_relu:
-        slope = options.get("negative_slope", rest[0] if rest else 0.01)
+        slope: Any = options.get("negative_slope", rest[0] if rest else 0.01)
         return activation(nn.LeakyReLU(slope))
     if function is F.gelu:
         return activation(nn.GELU(str(options.get("approximate", "none"))))

@@ -36,7 +36,7 @@ def learning_rate_tensor(model: nn.Module, lambda_b: float = 1.0, lambda_W: floa
 
 
 def empirical_ntk(
-    model: nn.Module, x: Float[Tensor, batch *features], lr_tensor: Rates | None = None
+    model: nn.Module, x: Float[Tensor, batch * features], lr_tensor: Rates | None = None
 ) -> Float[Tensor, "batch batch outputs outputs"]:
     """`H[a1, a2, i1, i2] = sum_mu lambda_mu (dz_i1(x_a1)/dtheta_mu) (dz_i2(x_a2)/dtheta_mu)` of this network.
 
@@ -52,12 +52,13 @@ def empirical_ntk(
 
 
 def empirical_dntk(
-    model: nn.Module, x: Float[Tensor, batch *features], lr_tensor: Rates | None = None
+    model: nn.Module, x: Float[Tensor, batch * features], lr_tensor: Rates | None = None
 ) -> Float[Tensor, "batch batch batch outputs outputs outputs"]:
-    """`dH[a0, a1, a2, i0, i1, i2] = sum lambda_mu lambda_nu (d2 z_0/dmu dnu)(dz_1/dmu)(dz_2/dnu)`: the NTK's differential.
+    """The NTK's differential, `dH[a0, a1, a2, i0, i1, i2] = sum lambda_mu lambda_nu z_0,mu,nu z_1,mu z_2,nu`.
 
-    One gradient step changes the NTK by `dH_12 = -eta sum_a (dH_12a + dH_21a) eps_a`. By second directional derivatives,
-    two forward passes for every pair of outputs: for small batches and outputs.
+    (Commas are derivatives by parameters.) One gradient step with output errors `eps` changes the NTK by
+    `H_12(new) - H_12 = -eta sum_a (dH_12a + dH_21a) eps_a`. By second directional derivatives, one for every pair of
+    outputs: for small batches.
     """
     parameters, rates = _parameters(model, lr_tensor)
     jacobian = jacrev(lambda p: _outputs(model, p, x))(parameters)
@@ -92,7 +93,7 @@ class DepthReport:
     Attributes:
         names: the weight layers.
         kernel, kernel_theory: `E[G]` of each layer's pre-activations, (layers, inputs).
-        fluctuation, fluctuation_theory: `n Var(G) / E[G]^2` with the width `n` that feeds the layer; zero for the first.
+        fluctuation, fluctuation_theory: `n Var(G) / E[G]^2`, `n` being the width that feeds the layer.
         chi_par, chi_par_theory: growth of a difference in norm from layer to layer, (layers - 1, inputs).
         chi_perp, chi_perp_theory: growth of the squared distance across, likewise.
         C_b, C_W: of the draws.
@@ -155,7 +156,7 @@ class DepthReport:
 
 def depth_report(
     model: nn.Module,
-    x: Float[Tensor, inputs *features],
+    x: Float[Tensor, inputs * features],
     *,
     act: ActivationLike | None = None,
     C_b: float | None = None,
@@ -238,7 +239,7 @@ def _metrics(
     generator: torch.Generator | None,
     chunk_size: int | None,
 ) -> Tensor:
-    """(draws, layers, inputs, 4): mean squares of what enters each layer, for x, larger x, smaller x and half the gap."""
+    """(draws, layers, inputs, 4): mean squares of what enters each layer: for x, larger, smaller, half the gap."""
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     fixed = {k: v.detach().double() if v.is_floating_point() else v for k, v in state.items()}
     entered: dict[str, Tensor] = {}

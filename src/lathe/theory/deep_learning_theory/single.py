@@ -74,7 +74,7 @@ def finite_width_single(
     lambda_W: float = 1.0,
     *,
     theta1: Float[Tensor, "*batch"] | None = None,
-) -> dict[str, Float[Tensor, layers *batch]]:
+) -> dict[str, Float[Tensor, layers * batch]]:
     """K, Theta and the tensors V, D, F, A, B, P, Q at order 1/n for single inputs, at every layer.
 
     Args:

@@ -299,6 +299,10 @@ def test_module_notices_new_anchors_however_they_come(rng):
     module(z)
     module.set_anchors(b)
     torch.testing.assert_close(module(z), relative(z, b))
+    for seed in range(8):  # a tensor may come to lie where one lay that was dropped
+        module.set_anchors(gaussian(rng, 4, 6, dtype=torch.float32))
+        module.set_anchors(a if seed % 2 else b)
+        torch.testing.assert_close(module(z), relative(z, a if seed % 2 else b))
     module.anchors.copy_(a)
     torch.testing.assert_close(module(z), relative(z, a))
     module.load_state_dict(RelativeRepresentation(b).state_dict())
@@ -388,6 +392,9 @@ def test_encoder_follows_its_weights_in_evaluation(rng):
     encoder(x).sum().backward()
     optimizer.step()
     torch.testing.assert_close(encoder(x), relative(net(x), net(anchors)))
+    for _ in range(4):  # a replaced weight may come to lie where the old one lay
+        net[3] = nn.Linear(16, 6)
+        torch.testing.assert_close(encoder(x), relative(net(x), net(anchors)))
     net[3].weight.data.mul_(torch.linspace(0.5, 2, 6)[:, None])  # unseen by autograd
     encoder.refresh()
     torch.testing.assert_close(encoder(x), relative(net(x), net(anchors)))

@@ -82,6 +82,14 @@ def test_layers_that_are_asked_for_are_the_same_layers(rng):
     torch.testing.assert_close(kernel_recursion(x, 6, "gelu", 0.1, 1.2), whole)
 
 
+def test_a_closed_form_that_returns_its_argument_is_safe(rng):
+    x = torch.randn(3, 4, dtype=torch.float64, generator=rng)
+    own = Activation(lambda z: z, torch.ones_like, torch.zeros_like, pair=lambda a, b, c: (b, torch.ones_like(b)))
+    mine, named = (ntk_recursion(x, 4, act, 0.1, 1.2, 0.3, 0.7) for act in (own, "linear"))
+    torch.testing.assert_close(mine[0], named[0])
+    torch.testing.assert_close(mine[1], named[1])
+
+
 def test_kernels_can_be_differentiated_by_inputs(rng):
     x = torch.randn(3, 2, dtype=torch.float64, generator=rng).requires_grad_()
     weights = torch.randn(3, 3, dtype=torch.float64, generator=rng)

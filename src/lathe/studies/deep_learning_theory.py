@@ -164,8 +164,8 @@ def fluctuations_grow_with_depth(run: Run) -> Measurement:
             "linear growth": growth["linear"],
             "tanh growth": growth["tanh"],
         },
-        note="growth a layer at the larger width, the exact power (1 + nu/n)^(l-1) divided out; a layer's neurons are drawn "
-        "independently, as they are given the kernel of the layer before",
+        note="growth a layer at the larger width, the exact power (1 + nu/n)^(l-1) divided out; a layer's neurons are "
+        "drawn independently, as they are given the kernel of the layer before",
     )
 
 

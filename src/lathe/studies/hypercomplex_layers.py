@@ -66,6 +66,7 @@ assert torch.allclose(folded(image), model(image), atol=1e-5)
             clips=24,
             test_clips=16,
             audio_epochs=1,
+            audio_batch=12,
             audio_width=16,
             audio_hidden=16,
             toy_epochs=3,
@@ -88,6 +89,7 @@ assert torch.allclose(folded(image), model(image), atol=1e-5)
             clips=320,
             test_clips=200,
             audio_epochs=11,
+            audio_batch=10,
             audio_width=32,
             audio_hidden=32,
             toy_epochs=5,
@@ -110,6 +112,7 @@ assert torch.allclose(folded(image), model(image), atol=1e-5)
             clips=8000,
             test_clips=1000,
             audio_epochs=60,
+            audio_batch=16,
             audio_width=64,
             audio_hidden=128,
             toy_epochs=5,
@@ -501,7 +504,7 @@ def train_detector(run: Run, seed: int, network: str) -> Trained:
         optimizer=torch.optim.Adam(ph.param_groups(net, 0.0), lr=3e-3),
         schedule=cosine(warmup=0.1),
         epochs=setting.audio_epochs,
-        batch_size=25,
+        batch_size=setting.audio_batch,
         seed=seed,
         device=run.device,
         progress=lambda now: run.progress(f"SEDnet {network}, seed {seed}", now.step, now.total),
@@ -537,7 +540,7 @@ def ambisonics(clips: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         wave = torch.sin(phase + 2 * math.pi * (pitch * since + slope * since**2 / 2))
         if kind == 3:
             wave = wave * (1 + torch.sin(2 * math.pi * 12 * since)) / 1.25
-        wave = wave * inside.repeat_interleave(WINDOW, 1) * draw(0.25, 0.6, clips, 1)
+        wave = wave * inside.repeat_interleave(WINDOW, 1) * draw(0.5, 1.0, clips, 1)
         azimuth, elevation = draw(-math.pi, math.pi, clips), draw(-math.pi / 4, math.pi / 4, clips)
         direction = [
             torch.full((clips,), math.sqrt(0.5)),

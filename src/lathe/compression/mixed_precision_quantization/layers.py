@@ -413,6 +413,13 @@ class QuantConv2d(_Quantized):
         )
 
 
+class ByteReLU(nn.ReLU):
+    """A ReLU that passes bytes on: those that come from a quantised layer were cut off at zero when they were made."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if input.dtype == torch.uint8 else super().forward(input)
+
+
 def _activation(ranges: Range | None, bits: int) -> tuple[bool, int, float]:
     """Signedness, bits and clip of the inputs."""
     if ranges is None:

@@ -35,7 +35,7 @@ from lathe.compression.mixed_precision_quantization.costs import (
     total,
 )
 from lathe.compression.mixed_precision_quantization.kernels import integer_kernel
-from lathe.compression.mixed_precision_quantization.layers import QuantConv2d, QuantLinear
+from lathe.compression.mixed_precision_quantization.layers import ByteReLU, QuantConv2d, QuantLinear
 from lathe.compression.mixed_precision_quantization.refinement import refine_scales
 from lathe.compression.mixed_precision_quantization.search import bisect_precision, check_bits, greedy_precision
 from lathe.compression.mixed_precision_quantization.sensitivity import Order, sensitivity_order
@@ -176,6 +176,8 @@ def quantize_model(
     layers = quantizable(model)
     made: dict[int, nn.Module] = {}
     for name, module in list(network.named_modules(remove_duplicate=False)):
+        if type(module) is nn.ReLU and name:
+            set_module(network, name, made.setdefault(id(module), ByteReLU(module.inplace)))
         if config.get(name, 16) == 16 or name not in layers:
             continue
         if id(module) not in made:

@@ -60,13 +60,17 @@ def kernel_moments(
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"] | None]:
     """`<s_a s_b>` and, unless `slope` is false, `<s'_a s'_b>` for all pairs of a symmetric kernel matrix.
 
-    As `pair_moments`, with half the work: block by block above the diagonal, mirrored below it.
+    As `pair_moments`, with half the work: block by block above the diagonal, mirrored below it, the blocks spread over
+    torch's threads. Without gradients the answers are fresh tensors, free to be written over.
     """
     n = K.shape[-1]
     variance = K.diagonal()
     series = _Series.of(act, variance) if act.pair is None and not act.kinks else None
     if K.requires_grad or n <= _TILE:
         kernel, slopes = _tile(act, series, variance, K, slice(0, n), slice(0, n))
+        if act.pair is not None and not K.requires_grad:
+            # A closed form may hand back its argument; callers may write into what they get here.
+            kernel, slopes = kernel.clone(), None if slopes is None else slopes.clone()
         return kernel, slopes
     kernel, slopes = torch.empty_like(K), torch.empty_like(K) if slope else None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lathe.nn.hypercomplex_layers.kronecker import autocasts
 from lathe.nn.hypercomplex_layers.weight import HypercomplexLayer, Options
 
 __all__ = [
@@ -70,7 +71,7 @@ class PHLinear(HypercomplexLayer):
             and x.numel() <= 8 * self.in_features
             and self.in_features * self.out_features >= 2**17
             and x.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled(x.device.type)
+            and not autocasts(x.device)
         )
 
     def _apply_factors(self, x: Tensor) -> Tensor:

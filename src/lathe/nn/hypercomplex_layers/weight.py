@@ -16,6 +16,7 @@ from lathe.core.shapes import conv_arguments, linear_arguments
 from lathe.nn.hypercomplex_layers.algebras import algebra_tensor
 from lathe.nn.hypercomplex_layers.kronecker import (
     at_least_float32,
+    autocasts,
     kronecker_sum,
     nearest_kronecker_sum,
     without_autocast,
@@ -284,8 +285,8 @@ class HypercomplexLayer(nn.Module):
         learnt = factors[1:]
         if any(type(factor) is not nn.Parameter or factor.is_inference() for factor in learnt):
             return self._build()
-        device = self.A.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else learnt[0].dtype
+        device = self.A.device
+        dtype = torch.get_autocast_dtype(device.type) if autocasts(device) else learnt[0].dtype
         cache = self._cache
         if cache is None or not cache.holds_for(factors, dtype):
             with torch.inference_mode(False), torch.no_grad():
@@ -381,6 +382,6 @@ def _table(algebra: str | Tensor, n: int, terms: int | None) -> Tensor:
     if table.ndim != 3 or table.shape[1:] != (n, n) or terms not in (None, len(table)):
         named = f"{algebra!r}, which is {tuple(table.shape)}" if isinstance(algebra, str) else tuple(table.shape)
         raise ValueError(f"algebra must be ({'n' if terms is None else terms}, {n}, {n}) for n = {n}, got {named}")
-    if not table.any():
+    if not table.is_meta and not table.any():
         raise ValueError("algebra must not be zero throughout")
     return table

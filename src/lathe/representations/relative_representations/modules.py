@@ -5,7 +5,7 @@ Moschella et al. 2022, arXiv 2209.15430, section 3 and appendix (quantisation, s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -96,7 +96,7 @@ class RelativeRepresentation(nn.Module):
         self.quantize, self.bin_size, self.quantize_latents = quantize, bin_size, quantize_latents
         self.heads, self.pool, self.groups = heads, pool, groups
         self._frames: tuple[AnchorFrame, ...] = ()
-        self._frames_of: tuple = ()
+        self._frames_of: _Stamp | None = None
         self._num_anchors: int | None = None
 
         self.register_buffer("anchors", None)
@@ -222,13 +222,13 @@ class RelativeRepresentation(nn.Module):
         """Those of the stored anchors, made anew when these were written to, moved or replaced."""
         if torch.compiler.is_compiling():
             return self._make_frames(anchors)
-        version = _version(anchors)
-        if version != self._frames_of:
-            self._frames, self._frames_of = self._make_frames(anchors), version
+        stamp = _Stamp([anchors])
+        if self._frames_of != stamp:
+            self._frames, self._frames_of = self._make_frames(anchors), stamp
         return self._frames
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_frames": (), "_frames_of": ()}  # closures neither copy nor pickle
+        return {**self.__dict__, "_frames": (), "_frames_of": None}  # closures neither copy nor pickle
 
     def extra_repr(self) -> str:
         return f"num_anchors={self.num_anchors}, similarity={self.similarity!r}, heads={self.heads}, pool={self.pool!r}"
@@ -297,7 +297,7 @@ class _AnchoredModule(nn.Module):
         self.projection = projection
         self.refresh_rule, self.grad_through_anchors, self.anchor_batch = refresh, grad_through_anchors, anchor_batch
         self._latents: Tensor | None = None
-        self._latents_of: tuple = ()
+        self._latents_of: _Stamp | None = None
         self._steps = self._next = 0
 
     def _embed(self, inputs: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ class _AnchoredModule(nn.Module):
 
     def refresh(self) -> None:
         """Forgets the anchors' latents; needed only after writes behind autograd's back (`weight.data[...]`)."""
-        self._latents, self._latents_of = None, ()
+        self._latents = self._latents_of = None
 
     def anchor_latents(self) -> Tensor:
         """Latents of the anchors `(anchors, features)`, at the current weights (or as fresh as `refresh` asks)."""
@@ -323,10 +323,11 @@ class _AnchoredModule(nn.Module):
         if self.grad_through_anchors and torch.is_grad_enabled():
             with evaluating(self._embedder()):
                 return self._fresh(self.anchor_inputs)
-        # Embedding in evaluation mode writes to nothing, so that the versions below stay what they are.
-        now = (_version(self.anchor_inputs), *map(_version, _state(self._embedder())))
+        # Embedding in evaluation mode writes to nothing, so that the stamp stays what it is.
+        embedder = self._embedder()
+        now = _Stamp([self.anchor_inputs, *embedder.parameters(), *embedder.buffers()])
         if self._latents is None or self._latents_of != now:
-            with evaluating(self._embedder()):
+            with evaluating(embedder):
                 self._latents, self._latents_of = self._fresh(self.anchor_inputs), now
         return self._stored()
 
@@ -346,17 +347,15 @@ class _AnchoredModule(nn.Module):
             if self._latents is None:
                 with torch.no_grad():
                     self._latents = self._embed(self.anchor_inputs)
-            turn = torch.arange(self._next, self._next + self.anchor_batch, device=self.anchor_inputs.device)
-            turn, self._next = (
-                turn % len(self.anchor_inputs),
-                (self._next + self.anchor_batch) % len(self.anchor_inputs),
-            )
+            count, end = len(self.anchor_inputs), self._next + self.anchor_batch
+            turn = torch.arange(self._next, end, device=self.anchor_inputs.device) % count
+            self._next = end % count
             latents = self._latents.index_copy(0, turn, self._fresh(self.anchor_inputs[turn]))
-        self._latents, self._latents_of = latents.detach(), ()
+        self._latents, self._latents_of = latents.detach(), None
         return latents
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_latents": None, "_latents_of": ()}
+        return {**self.__dict__, "_latents": None, "_latents_of": None}
 
 
 class RelativeEncoder(_AnchoredModule):
@@ -485,12 +484,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _state(module: nn.Module) -> Iterable[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+class _Stamp:
+    """Tells whether tensors are what they were: equal to a later stamp while none is written to, moved or replaced.
 
+    It keeps the tensors, so that no other can take the place of one of them in memory. Writes are counted by autograd
+    (not those of tensors made in inference mode). What was computed in inference mode does not serve outside of it.
+    """
 
-def _version(tensor: Tensor) -> tuple:
-    """Changes when a tensor is written to, moved or replaced. (Tensors made in inference mode count no writes.)"""
-    writes = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), writes, tensor.dtype, tensor.device, torch.is_inference_mode_enabled()
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tuple(tensors)
+        self.state = [
+            (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype)
+            for tensor in self.tensors
+        ]
+        self.inference = torch.is_inference_mode_enabled()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stamp) and self.state == other.state and self.inference == other.inference
+
+    __hash__ = None  # type: ignore[assignment]

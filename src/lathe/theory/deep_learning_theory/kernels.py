@@ -168,6 +168,12 @@ def _walk(
         if layer == depth:
             return
         kernel, slope = kernel_moments(s, K, slope=theta is not None)
+        if kernel.requires_grad:
+            if theta is not None and slope is not None:
+                theta = lambda_b + lambda_W * kernel + C_W * slope * theta
+            K = C_b + C_W * kernel
+            continue
+        # The moments are ours alone: written over, as fresh matrices of this size cost more than the arithmetic.
         if theta is not None and slope is not None:
-            theta = torch.addcmul(lambda_b + lambda_W * kernel, slope, theta, value=C_W)
-        K = C_b + C_W * kernel
+            theta = slope.mul_(theta).mul_(C_W).add_(kernel, alpha=lambda_W).add_(lambda_b)
+        K = kernel.mul_(C_W).add_(C_b)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -11,6 +14,8 @@ from torch import Tensor
 
 from lathe.core.gaussian.activation import Activation
 from lathe.core.gaussian.quadrature import _line_nodes, gaussian_nodes
+
+Then: TypeAlias = Callable[[Tensor, Tensor | None, tuple[slice, slice]], tuple[Tensor, Tensor | None]]
 
 __all__ = ["hermite_coefficients", "kernel_moments", "pair_moments"]
 
@@ -56,40 +61,41 @@ def pair_moments(
 
 
 def kernel_moments(
-    act: Activation, K: Float[Tensor, "n n"], slope: bool = True
+    act: Activation, K: Float[Tensor, "n n"], slope: bool = True, *, then: Then | None = None
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"] | None]:
     """`<s_a s_b>` and, unless `slope` is false, `<s'_a s'_b>` for all pairs of a symmetric kernel matrix.
 
     As `pair_moments`, with half the work: block by block above the diagonal, mirrored below it, the blocks spread over
-    torch's threads. Without gradients the answers are fresh tensors, free to be written over.
+    torch's threads. `then(kernel, slope, (rows, columns))` is applied to each block while it is in the cache, and what
+    it gives is stored instead; it has to be symmetric too.
     """
     n = K.shape[-1]
     variance = K.diagonal()
     series = _Series.of(act, variance) if act.pair is None and not act.kinks else None
+
+    def block(where: tuple[slice, slice]) -> tuple[Tensor, Tensor | None]:
+        kernel, slopes = _tile(act, series, variance, K, *where, slope)
+        return (kernel, slopes) if then is None else then(kernel, slopes if slope else None, where)
+
     if K.requires_grad or n <= _TILE:
-        kernel, slopes = _tile(act, series, variance, K, slice(0, n), slice(0, n))
-        if act.pair is not None and not K.requires_grad:
-            # A closed form may hand back its argument; callers may write into what they get here.
-            kernel, slopes = kernel.clone(), None if slopes is None else slopes.clone()
-        return kernel, slopes
+        return block((slice(0, n), slice(0, n)))
     kernel, slopes = torch.empty_like(K), torch.empty_like(K) if slope else None
 
-    def fill(corner: tuple[int, int]) -> None:
-        rows, columns = (slice(i, min(i + _TILE, n)) for i in corner)
-        for whole, part in zip((kernel, slopes), _tile(act, series, variance, K, rows, columns, slope)):
-            if whole is None or part is None:
-                continue
-            whole[rows, columns] = part
-            if rows != columns:
-                whole[columns, rows] = part.mT
+    def fill(where: tuple[slice, slice]) -> None:
+        for whole, part in zip((kernel, slopes), block(where)):
+            if whole is not None and part is not None:
+                whole[where] = part
+                if where[0] != where[1]:
+                    whole[where[1], where[0]] = part.mT
 
-    corners = [(i, j) for i in range(0, n, _TILE) for j in range(i, n, _TILE)]
+    strips = [slice(i, min(i + _TILE, n)) for i in range(0, n, _TILE)]
+    blocks = list(itertools.combinations_with_replacement(strips, 2))
     if K.is_cuda or torch.get_num_threads() == 1:
-        for corner in corners:
-            fill(corner)
+        for where in blocks:
+            fill(where)
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(fill, corners))
+            list(pool.map(fill, blocks))
     return kernel, slopes
 
 

@@ -103,7 +103,8 @@ class HypercomplexLayer(nn.Module):
         super().__init__()
         if init not in ("matched", "he", "xavier"):
             raise ValueError(f"init must be 'matched', 'he' or 'xavier', got {init!r}")
-        table = None if algebra is None else _table(algebra, n, terms)
+        with torch.device("cpu"):  # a layer made on the meta device gets its algebra when it is reset on a real one
+            table = None if algebra is None else _table(algebra, n, terms)
         terms = len(table) if table is not None else n if terms is None else terms
         if not 1 <= terms <= n * n:
             raise ValueError(f"terms must lie in 1 to n**2 = {n * n}, got {terms}")
@@ -382,6 +383,6 @@ def _table(algebra: str | Tensor, n: int, terms: int | None) -> Tensor:
     if table.ndim != 3 or table.shape[1:] != (n, n) or terms not in (None, len(table)):
         named = f"{algebra!r}, which is {tuple(table.shape)}" if isinstance(algebra, str) else tuple(table.shape)
         raise ValueError(f"algebra must be ({'n' if terms is None else terms}, {n}, {n}) for n = {n}, got {named}")
-    if not table.is_meta and not table.any():
+    if not table.any():
         raise ValueError("algebra must not be zero throughout")
     return table

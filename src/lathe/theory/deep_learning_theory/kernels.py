@@ -167,13 +167,13 @@ def _walk(
         yield K, K if theta is None else theta
         if layer == depth:
             return
-        kernel, slope = kernel_moments(s, K, slope=theta is not None)
-        if kernel.requires_grad:
-            if theta is not None and slope is not None:
-                theta = lambda_b + lambda_W * kernel + C_W * slope * theta
-            K = C_b + C_W * kernel
-            continue
-        # The moments are ours alone: written over, as fresh matrices of this size cost more than the arithmetic.
-        if theta is not None and slope is not None:
-            theta = slope.mul_(theta).mul_(C_W).add_(kernel, alpha=lambda_W).add_(lambda_b)
-        K = kernel.mul_(C_W).add_(C_b)
+        before = theta
+
+        def update(
+            kernel: Tensor, slope: Tensor | None, where: tuple[slice, slice], before: Tensor | None = before
+        ) -> tuple[Tensor, Tensor | None]:
+            if before is None or slope is None:
+                return C_b + C_W * kernel, None
+            return C_b + C_W * kernel, torch.addcmul(lambda_b + lambda_W * kernel, slope, before[where], value=C_W)
+
+        K, theta = kernel_moments(s, K, slope=theta is not None, then=update)

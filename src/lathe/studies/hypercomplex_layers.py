@@ -293,7 +293,8 @@ def detects_sounds(run: Run) -> Measurement:
         scores(nets["real"]),
         also={"share of convolution weights": share},
         note="synthetic first-order ambisonics: bursts of tones of four kinds, random directions, in noise; "
-        "L3DAS21 (30 GB) is not used",
+        "L3DAS21 (30 GB) is not used; with bursts half as loud and as many steps, where neither network had converged, "
+        "n = 4 lagged by 2.6 and 4.6 points in two seeds (F-scores of 70 to 78)",
     )
 
 

@@ -250,6 +250,8 @@ def train_autoencoder(run: Run, seed: int, space: str, anchors: int, variational
 
 def trained_autoencoders(run: Run, space: str, anchors: int, variational: bool = False) -> tuple[list[Any], Tensor]:
     """The auto-encoders of all seeds, and the anchors."""
+    if len(run.seeds) < 2:
+        raise NotAtThisScale("stitching takes two networks or more: run with more seeds")
     x = reconstructed_images(run, "train")
     chosen = anchor_images(run, x, anchors)
     models = []
@@ -265,8 +267,6 @@ def reconstruction_errors(run: Run, space: str, anchors: int, variational: bool 
 
     space: "relative", "absolute", or "translated": the absolute ones, with the linear map of `translate` in between.
     """
-    if len(run.seeds) < 2:
-        raise NotAtThisScale("stitching takes two networks or more: run with more seeds")
     models, chosen = trained_autoencoders(run, "relative" if space == "relative" else "absolute", anchors, variational)
     x = reconstructed_images(run, "test")
     stitched = torch.full((len(models), len(models)), math.nan)
@@ -279,9 +279,10 @@ def reconstruction_errors(run: Run, space: str, anchors: int, variational: bool 
             elif space == "absolute":
                 mixed = nn.Sequential(encoder, head)
             else:
-                with warnings.catch_warnings():  # as many anchors as latent features span all but one, once centred
+                with warnings.catch_warnings():  # of directions left out, which is what the tolerance is for
                     warnings.simplefilter("ignore")
-                    mixed = nn.Sequential(encoder, translate(encoder(chosen), models[j][0](chosen)), head)
+                    across = translate(encoder(chosen), models[j][0](chosen), tolerance=0.1)
+                mixed = nn.Sequential(encoder, across, head)
             stitched[i, j] = F.mse_loss(mixed(x), x)
     return own, stitched
 

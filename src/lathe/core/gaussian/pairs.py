@@ -151,7 +151,10 @@ class _Series:
             if count >= _MOST_TERMS:
                 return None
             count = min(2 * count, _MOST_TERMS)
-        coefficients = (act(u * root) @ polynomials[:, :count]).mT
+        polynomials = polynomials[:, :count]
+        # Few rows at a time, for the cache, and lest torch start its threads for every one of many small operations.
+        parts = root.split(max(1, _TILE**2 // len(u)))
+        coefficients = torch.cat([act(u * part) @ polynomials for part in parts]).mT.contiguous()
         size = coefficients.detach().abs().amax(1)
         negligible = 1e-16 * size.max()
         kept = [k for k in range(count) if size[k] > negligible]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lathe.compression.mixed_precision_quantization import (
+    Interactions,
     Simulator,
     Top1,
     allocate,
@@ -200,13 +201,15 @@ class Searched:
     """Accuracy with every layer at so many bits."""
     interaction: float
     """Pair terms of a layer over its own term, on average."""
+    fine_interaction: float
+    """The same, with a scale for each channel."""
     omega: list[list[float]]
     macs: dict[str, dict[float, float]] = field(default_factory=dict)
     """For each order and floor the MAC-weighted bits, relative to 16."""
     bytes: dict[str, dict[float, float]] = field(default_factory=dict)
 
 
-def search_orders(run: Run, seed: int, per_channel: bool = False, search: bool = True) -> Searched:
+def search_orders(run: Run, seed: int) -> Searched:
     """Trains N1, orders its layers in every way, and bisects each order at each floor."""
     setting = run.setting
     training, validation = images(run, seed, setting.data, setting.size, setting.images, setting.validation)
@@ -219,7 +222,7 @@ def search_orders(run: Run, seed: int, per_channel: bool = False, search: bool =
     batch = tuple(each[: setting.calibration] for each in training)
     # The paper's quantiser: symmetric, a scale a tensor.
     ranges = calibrate(folded, [batch], symmetric=True)
-    simulator = Simulator(folded, ranges, per_channel=per_channel)
+    simulator, fine = (Simulator(folded, ranges, per_channel=each) for each in (False, True))
     interactions = pairwise_interactions(simulator, F.cross_entropy, [batch], bits=4)
     judge = Top1(list(zip(*(each.split(500) for each in validation))))
     simulator.configure({})
@@ -232,11 +235,10 @@ def search_orders(run: Run, seed: int, per_channel: bool = False, search: bool =
     searched = Searched(
         base,
         uniform,
-        float(interactions.pair.abs().sum(1).mean() / interactions.single.mean()),
+        share(interactions),
+        share(pairwise_interactions(fine, F.cross_entropy, [batch], bits=4)),
         [[round(float(value), 5) for value in row] for row in interactions.together()],
     )
-    if not search:
-        return searched
     names = list(simulator.layers)
     hessian = hessian_scores(simulator, F.cross_entropy, [batch], 4, probes=setting.probes, tol=0.05, seed=seed)
 
@@ -272,6 +274,11 @@ def search_orders(run: Run, seed: int, per_channel: bool = False, search: bool =
     return searched
 
 
+def share(interactions: Interactions) -> float:
+    """Mean magnitude of a layer's pair terms over the mean of the layers' own terms."""
+    return float(interactions.pair.abs().sum(1).mean() / interactions.single.mean())
+
+
 def weighted_bits(config: dict[str, int], weights: dict[str, int]) -> float:
     """Mean bits, each layer by its weight."""
     return sum(config[name] * weight for name, weight in weights.items()) / sum(weights.values())
@@ -286,7 +293,6 @@ def weighted_bits(config: dict[str, int], weights: dict[str, int]) -> float:
 )
 def interactions_dominate(run: Run) -> Measurement:
     results = run.each_seed(search_orders)
-    fine = run.each_seed(search_orders, per_channel=True, search=False)
     cells = [
         {"first": i + 1, "second": j + 1, "increase": value}
         for ((i, row),) in ([each] for each in enumerate(results[0].omega))
@@ -306,7 +312,7 @@ def interactions_dominate(run: Run) -> Measurement:
     return average(
         [each.interaction for each in results],
         also={
-            "with a scale a channel": statistics.fmean(each.interaction for each in fine),
+            "with a scale a channel": statistics.fmean(each.fine_interaction for each in results),
             "accuracy": statistics.fmean(each.accuracy for each in results),
             "accuracy, all 8 bits": statistics.fmean(each.uniform[8] for each in results),
             "accuracy, all 4 bits": statistics.fmean(each.uniform[4] for each in results),

@@ -202,7 +202,7 @@ def fit(
         "optimizer": f"{type(updates).__name__}({updates.defaults})",
         "steps": total if scheduler else None,
     }
-    with own_randomness(processes.device):
+    with own_randomness(processes.device), torch.enable_grad():
         if folder is not None:
             processes.together(folder.prepare)
             if resume and folder.exists():

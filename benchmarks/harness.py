@@ -40,7 +40,7 @@ class Pair:
         ours, peer: take nothing, return what both must agree on (tensors, numbers, or tuples, lists and dicts of them).
         peer_name: name and version of the peer.
         target: the peer's median time over ours must be at least this.
-        tolerance: largest difference of the two answers, relative to the largest value; None where they are not comparable.
+        tolerance: largest difference of the answers over their largest value; None where they are not comparable.
         saved_memory: also compare the bytes that autograd keeps for the backward pass.
         memory_target: our saved bytes over the peer's must be at most this.
         timed: time ours and peer themselves (True), or take what they return as their seconds (False), for a peer that
@@ -157,9 +157,10 @@ def main() -> int:
             memory = f", saved memory {record['memory_ratio']:.2f} of the peer's" if "memory_ratio" in record else ""
             disagrees = "" if record.get("agrees", True) else f" [red]answers differ by {record['difference']:.1e}[/]"
             colour = "green" if record["reached"] else "red"
+            times = f"{record['ours_ms']:.3g} ms against {record['peer_ms']:.3g} ms"
             console.print(
-                f"[{colour}]{record['ratio']:6.2f}x[/] (target {pair.target:g}x)  {name}: {pair.title}, "
-                f"against {pair.peer_name}: {record['ours_ms']:.3g} ms against {record['peer_ms']:.3g} ms{memory}{disagrees}"
+                f"[{colour}]{record['ratio']:6.2f}x[/] (target {pair.target:.3g}x)  {name}: {pair.title}, "
+                f"against {pair.peer_name}: {times}{memory}{disagrees}"
             )
     if options.json:
         old = json.loads(options.json.read_text()) if options.json.exists() else {}

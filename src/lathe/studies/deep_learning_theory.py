@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
 import altair as alt
 import torch
@@ -25,6 +26,16 @@ from lathe.theory.deep_learning_theory import (
     output_information,
     susceptibilities,
 )
+
+
+class Deep(NamedTuple):
+    """Deep tanh networks of C5: layers, width, and how they are trained on batches of 50."""
+
+    depth: int
+    width: int
+    momentum: float
+    lrs: tuple[float, ...]
+
 
 study = Study(
     "deep-learning-theory",
@@ -52,22 +63,28 @@ assert abs(layers[0].C_W - 1.98305826) < 1e-8 and (report.kernel > 0.5).all() an
     scales={
         "smoke": Setting(
             seeds=1, nets=4000, width=64, wide=128, depth=10, sampled_nets=2000, sampled_width=24, sampled_chunk=1000,
-            data="digits", deep=20, deep_width=32, deep_steps=40, deep_batch=50,
-            deep_lrs=(0.0003, 0.001, 0.003), deep_momentum=0.9,
+            data="digits", deep_steps=40,
+            deep={"planned": Deep(20, 32, 0.0, (0.003, 0.01)), "wider": Deep(20, 64, 0.9, (0.001, 0.003))},
             depths=(4, 8), rate_width=32, rate_examples=64, rate_steps=10, octaves=(-4, 4),
             shapes=((2, 64), (4, 32)), shape_nets=20, shape_inputs=8,
         ),
         "desk": Setting(
             nets=200_000, width=64, wide=256, depth=10, sampled_nets=20_000, sampled_width=30, sampled_chunk=2000,
-            data="digits", deep=100, deep_width=128, deep_steps=300, deep_batch=50,
-            deep_lrs=(0.0003, 0.001, 0.003), deep_momentum=0.9,
+            data="digits", deep_steps=300,
+            deep={
+                "planned": Deep(60, 64, 0.0, (0.003, 0.01, 0.03)),
+                "wider": Deep(100, 128, 0.9, (0.0003, 0.001, 0.003)),
+            },
             depths=(4, 8, 16, 32), rate_width=64, rate_examples=256, rate_steps=30, octaves=(-6, 6),
             shapes=((2, 100), (3, 75), (4, 50), (6, 50), (8, 40), (9, 30)), shape_nets=200, shape_inputs=8,
         ),
         "full": Setting(
             nets=1_000_000, width=64, wide=256, depth=10, sampled_nets=1_000_000, sampled_width=200, sampled_chunk=1000,
-            data="mnist", deep=200, deep_width=300, deep_steps=5000, deep_batch=100,
-            deep_lrs=(0.0001, 0.0003, 0.001), deep_momentum=0.9,
+            data="mnist", deep_steps=5000,
+            deep={
+                "planned": Deep(200, 64, 0.0, (0.001, 0.003, 0.01)),
+                "wider": Deep(200, 300, 0.9, (0.0001, 0.0003, 0.001)),
+            },
             depths=(4, 8, 16, 32, 64), rate_width=512, rate_examples=2000, rate_steps=100, octaves=(-6, 6),
             shapes=((2, 100), (4, 200), (4, 50), (8, 100), (12, 60), (30, 100)), shape_nets=1000, shape_inputs=16,
         ),
@@ -358,54 +375,64 @@ def observe(drawn: tuple[Tensor, ...], x: Tensor) -> dict[str, Tensor]:
     unit="points of accuracy, critical against the better of the two others",
 )
 def only_critical_networks_train(run: Run) -> Measurement:
-    results = {C_W: run.each_seed(train_deep, C_W=C_W) for C_W in (0.5, 1.0, 2.0)}
-    rows = [
-        {"C_W": f"{C_W:g}", "lr": lr, "accuracy": accuracy}
-        for C_W, runs in results.items()
-        for by_lr in runs
-        for lr, accuracy in zip(run.setting.deep_lrs, by_lr)
-    ]
+    best: dict[str, dict[float, list[float]]] = {}
+    rows = []
+    for name, design in run.setting.deep.items():
+        results = {C_W: run.each_seed(train_deep, C_W=C_W, design=name) for C_W in (0.5, 1.0, 2.0)}
+        best[name] = {C_W: [max(by_lr) for by_lr in runs] for C_W, runs in results.items()}
+        rows += [
+            {"C_W": f"{C_W:g}", "network": f"depth {design.depth}, width {design.width}", "accuracy": accuracy}
+            for C_W, runs in best[name].items()
+            for accuracy in runs
+        ]
     run.figure(
         alt.Chart(alt.Data(values=rows), width="container", height=260)
-        .mark_line(point=True)
+        .mark_point(filled=True, size=80, opacity=0.8)
         .encode(
-            x=alt.X("lr:Q", title="learning rate").scale(type="log"),
-            y=alt.Y("mean(accuracy):Q", title="test accuracy (%)"),
-            color=alt.Color("C_W:N", title="C_W"),
+            x=alt.X("C_W:N", title="C_W").axis(labelAngle=0),
+            xOffset="network:N",
+            y=alt.Y("accuracy:Q", title="test accuracy (%), best rate of three").scale(domain=[0, 100]),
+            color=alt.Color("network:N", title=None),
         )
     )
-    best = {C_W: [max(by_lr) for by_lr in runs] for C_W, runs in results.items()}
-    others = [max(pair) for pair in zip(best[0.5], best[2.0])]
-    also = {f"accuracy at C_W = {C_W:g}": statistics.fmean(values) for C_W, values in best.items()}
-    note = (
-        "first planned at depth 60 and width 64 with plain SGD, where it fell short: over one seed C_W = 2 reached 75% "
+    also = {}
+    for name, by_C_W in best.items():
+        also |= {f"{name} network, C_W = {C_W:g}": statistics.fmean(values) for C_W, values in by_C_W.items()}
+    wider = best["wider"]
+    also["wider network, critical against the better other"] = statistics.fmean(
+        critical - max(pair) for critical, *pair in zip(wider[1.0], wider[0.5], wider[2.0])
     )
-    note += (
-        "and critical networks 58% (its correlation length is 10 layers, depth/width is near 1). Depth 100, width 128, "
+    planned = best["planned"]
+    return compare(
+        planned[1.0],
+        [max(pair) for pair in zip(planned[0.5], planned[2.0])],
+        also=also,
+        note="""judged on the network planned beforehand, depth 60 and width 64. Its depth is of the order of its width,
+        so that fluctuations from net to net drown the difference, and C_W = 2 with its correlation length of 10 layers
+        is only mildly chaotic. The wider network was chosen after seeing that, on seed 0; its margin is recorded here,
+        not judged""",
     )
-    note += "batches of 50 and momentum were chosen after that, on seed 0; depth 120 at width 64 trained from neither"
-    return compare(best[1.0], others, also=also, note=note if run.scale == "desk" else "")
 
 
-def train_deep(run: Run, seed: int, C_W: float) -> list[float]:
-    """Test accuracy (%) of one tanh network for each learning rate, trained side by side by SGD with momentum."""
-    s = run.setting
+def train_deep(run: Run, seed: int, C_W: float, design: str) -> list[float]:
+    """Test accuracy (%) of one tanh network for each learning rate, trained side by side by SGD."""
+    steps, deep = run.setting.deep_steps, run.setting.deep[design]
     (x, y), (x_test, y_test) = images(run, seed)
-    widths = [x.shape[1]] + [s.deep_width] * (s.deep - 1) + [10]
+    widths = [x.shape[1]] + [deep.width] * (deep.depth - 1) + [10]
     generator = run.generator(seed)
     one = tuple(p.float() for p in draw_networks(1, widths, 0.0, C_W, generator))
-    stack = [p.repeat(len(s.deep_lrs), 1, 1).to(run.device) for p in one]
-    rates = [torch.tensor(s.deep_lrs, device=run.device)] * len(stack)
+    stack = [p.repeat(len(deep.lrs), 1, 1).to(run.device) for p in one]
+    rates = [torch.tensor(deep.lrs, device=run.device)] * len(stack)
     velocities = [torch.zeros_like(p) for p in stack]
-    for step in range(s.deep_steps):
-        pick = torch.randint(len(x), (s.deep_batch,), generator=generator)
+    for step in range(steps):
+        pick = torch.randint(len(x), (50,), generator=generator)
 
         def losses(z: Tensor, pick: Tensor = pick) -> Tensor:
             return cross_entropies(z, y[pick])
 
-        descend(stack, rates, x[pick], losses, torch.tanh, velocities, s.deep_momentum)
+        descend(stack, rates, x[pick], losses, torch.tanh, velocities, deep.momentum)
         if step % 20 == 0:
-            run.progress(f"tanh, C_W = {C_W:g}", step, s.deep_steps)
+            run.progress(f"tanh, C_W = {C_W:g}", step, steps)
     z = forward(stack, x_test, torch.tanh)
     return (100 * (z.argmax(-1) == y_test).float().mean(-1)).tolist()
 

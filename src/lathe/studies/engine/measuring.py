@@ -87,7 +87,7 @@ def _measure(claim: Claim, run: Run) -> Event:
             run.scale,
             measurement,
             seconds=time.perf_counter() - began,
-            note="; ".join(part for part in (measurement.note, *run.notes) if part),
+            note="; ".join(" ".join(part.split()) for part in (measurement.note, *run.notes) if part),
             figure=None if run.chart is None else run.chart.to_dict(),
         )
     except NotAtThisScale as reason:

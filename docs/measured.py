@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from lathe import studies
-from lathe.gallery import number
+from lathe.gallery import bound, number
 from lathe.studies.engine import SCALES, Study, ledger
 
 HERE = Path(__file__).parent
@@ -34,10 +34,10 @@ def measured(study: Study) -> str:
             spread = f" ± {number(at['spread'])}" if at["spread"] is not None else ""
             value = "" if at["value"] is None else f"{number(at['value'])}{spread}, "
             cells.append(f"{value}{SIGNS[at['verdict']]}")
-        also = "".join(f"; {name} {bound}" for name, bound in claim["also"].items())
+        also = "".join(f"; {name} {bound(limit)}" for name, limit in claim["also"].items())
         unit = f" {claim['unit']}" if claim["unit"] else ""
-        text, bound = (part.replace("|", "\\|") for part in (claim["text"], f"{claim['holds']}{unit}{also}"))
-        lines.append(f"| {claim['id']} | {text} | {bound} | {' | '.join(cells)} |")
+        text, must = (part.replace("|", "\\|") for part in (claim["text"], f"{bound(claim['holds'])}{unit}{also}"))
+        lines.append(f"| {claim['id']} | {text} | {must} | {' | '.join(cells)} |")
     for scale in shown[-1:]:
         result = found[scale]
         assert result is not None

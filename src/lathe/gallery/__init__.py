@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -19,7 +20,7 @@ from markupsafe import Markup
 from lathe.gallery.theme import CONFIGS
 from lathe.studies.engine import FALLS_SHORT, HOLDS, NOT_AT_THIS_SCALE, SCALES, Study, ledger
 
-__all__ = ["build"]
+__all__ = ["bound", "build", "number"]
 
 JOBS = {
     "predict": "Predict what a network will do",
@@ -66,7 +67,7 @@ def build(site: Path, studies: Sequence[Study], output: Path | None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, bound=_bound)
+    environment.filters.update(number=number, bound=bound, sentence=_sentence)
     environment.globals.update(jobs=JOBS, areas=AREAS, verdicts=VERDICTS, strip=_strip)
     (site / "papers").mkdir(parents=True, exist_ok=True)
     (site / "assets").mkdir(exist_ok=True)
@@ -177,8 +178,14 @@ def number(value: float | None) -> str:
     return f"{value:.3g}".replace("-", "−")
 
 
-def _bound(text: str | None) -> str:
-    return "" if text is None else text.replace("-", "−")
+def bound(text: str) -> str:
+    """A bound as people write it: its numbers as measured ones."""
+    return re.sub(r"-?\d[\d.]*(?:e[-+]\d+)?", lambda match: number(float(match[0])), text)
+
+
+def _sentence(text: str) -> str:
+    """Upper case for the first letter, and for no other."""
+    return text[:1].upper() + text[1:]
 
 
 def _strip(claim: dict[str, Any]) -> Markup:
@@ -192,7 +199,7 @@ def _strip(claim: dict[str, Any]) -> Markup:
     def x(value: float) -> float:
         return round(6 + 108 * (value - low) / span, 1)
 
-    told = f"{number(claim['value'])} {claim['unit']}, must be {claim['holds']}"
+    told = f"{number(claim['value'])} {claim['unit']}, must be {bound(claim['holds'])}"
     dots = "".join(f'<circle cx="{x(sample)}" cy="10" r="3.2"/>' for sample in samples)
     ticks = "".join(f'<path d="M{x(limit)} 3V17"/>' for limit in limits)
     return Markup('<svg class="strip" viewBox="0 0 120 20" role="img"><title>{}</title>').format(told) + Markup(

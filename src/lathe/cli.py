@@ -149,7 +149,7 @@ def run(
     """
     _check_scale(scale)
     from lathe import studies
-    from lathe.studies.engine import ledger
+    from lathe.studies.engine import SCALES, ledger
     from lathe.studies.engine.running import ClusterUnreachable, WorkerLost, run_studies
 
     slugs = list(dict.fromkeys(papers)) if papers else studies.slugs()
@@ -177,7 +177,7 @@ def run(
     except WorkerLost as error:
         raise Failure(str(error), BROKEN) from None
     if as_json:
-        _print_json([ledger.summary(loaded[slug], {scale: results[slug]}) for slug in slugs])
+        _print_json([ledger.summary(loaded[slug], dict.fromkeys(SCALES) | {scale: results[slug]}) for slug in slugs])
     else:
         for slug in slugs:
             _console().print(_claims_table(results[slug]))

@@ -365,7 +365,7 @@ def augmented_order_saves_bits(run: Run) -> Measurement:
         samples=samples,
         also=also,
         note=f"floors {', '.join(f'{floor:g}' for floor in run.setting.floors)} of the accuracy on "
-        f"{run.setting.validation} held-out images; ratio of means over seeds and floors. All orders that know the loss "
+        f"{run.setting.validation} held-out images; ratio of means over seeds and floors. Orders that know the loss "
         f"(r1, r2, r3, single layers, Hessian) need bits within {max(informed) / min(informed) - 1:.1%} of one another",
     )
 

@@ -630,6 +630,7 @@ def runs_faster(run: Run) -> Measurement:
         },
         note=f"ResNet-8 searched at 99.5 % of the accuracy on {len(validation[0])} images, {lowered} of "
         f"{len(mixed.config)} layers at 8 bits, one thread, medians of {setting.repeats} interleaved runs; "
+        "searched at 99.9 % on 2000 images, a first run took 0.81 of the time: one image decided there; "
         "latencies are relative to bfloat16's, measured in the same run; baseline in milliseconds",
     )
 

@@ -10,7 +10,6 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import log2, prod
 from typing import Any
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lathe.core.example import call
+from lathe.core.modes import evaluating
 
 __all__ = ["Size", "flop_formula", "measure", "saved_bytes", "saved_for_backward_bytes", "stored_bytes"]
 
@@ -93,7 +93,7 @@ def measure(model: nn.Module, example: Any, *, repeats: int = 20, warmup: int = 
     device = next((t.device for t in (*model.parameters(), *tree_leaves(example)) if isinstance(t, Tensor)), None)
     device = device or torch.device("cpu")
     parameters = [*model.parameters()]  # each once, also where shared
-    with _evaluation(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         times = []
         for run in range(warmup + repeats):
             start = _now(device)
@@ -339,17 +339,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _unit(value: float, base: int, names: tuple[str, ...]) -> str:

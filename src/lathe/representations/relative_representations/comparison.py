@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lathe.core.matching import linear_cka
+from lathe.core.modes import evaluating
 from lathe.representations.relative_representations.anchors import select_anchors
-from lathe.representations.relative_representations.modules import RelativeEncoder, evaluating
+from lathe.representations.relative_representations.modules import RelativeEncoder
 from lathe.representations.relative_representations.projection import Similarity, relative
 from lathe.representations.relative_representations.stitching import stitch
 

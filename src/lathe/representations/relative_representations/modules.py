@@ -5,8 +5,7 @@ Moschella et al. 2022, arXiv 2209.15430, section 3 and appendix (quantisation, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lathe.core.modes import evaluating
 from lathe.core.surgery import get_module, set_module
 from lathe.representations.relative_representations.projection import (
     AnchorFrame,
@@ -470,18 +470,6 @@ class _Reached(Exception):
     def __init__(self, latent: Tensor) -> None:
         super().__init__()
         self.latent = latent
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every part of a model in evaluation mode, and afterwards back in the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class _Stamp:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lathe.representations.relative_representations.modules import RelativeEncoder, RelativeRepresentation, evaluating
+from lathe.core.modes import evaluating
+from lathe.representations.relative_representations.modules import RelativeEncoder, RelativeRepresentation
 from lathe.representations.relative_representations.projection import check_anchors
 
 __all__ = ["StitchedModel", "from_relative", "stitch", "translate"]

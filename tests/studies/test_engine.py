@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-VALUES = ("value", "spread", "samples", "verdict", "parts")
+VALUES = ("value", "spread", "samples", "verdict", "parts", "note")
 
 
 def result(folder, scale="smoke"):
@@ -31,6 +31,7 @@ def test_a_run_records_every_claim_with_verdict_machine_and_versions(lathe):
     assert verdicts == {"C1": "holds", "C2": trained, "C3": trained, "C4": trained, "C5": "holds"}
     assert found["complete"] and found["machine"]["processor"] and found["versions"]["torch"]
     second = found["claims"][1]
+    assert [claim["note"] for claim in found["claims"][1:3]] == ["drawn from thin air"] * 2  # trained once, told twice
     assert second["seeds"] == 2 and len(second["samples"]) == 2 and second["figure"]["data"]["values"]
     assert second["parts"] == [{"name": "largest", "value": max(second["samples"]), "holds": "≥ 0", "held": True}]
 

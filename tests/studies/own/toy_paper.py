@@ -31,6 +31,7 @@ study = Study(
 
 def mean_of_normals(run: Run, seed: int, shift: float) -> float:
     time.sleep(run.setting.pause)
+    run.notes.append("drawn from thin air")
     return float(torch.randn(run.setting.count).mean() + shift)
 
 

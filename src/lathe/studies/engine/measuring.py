@@ -17,7 +17,7 @@ from lathe import studies
 from lathe.data import DataUnavailable
 from lathe.studies.engine.claim import NOT_AT_THIS_SCALE, Claim, NotAtThisScale
 from lathe.studies.engine.ledger import Finding, finding
-from lathe.studies.engine.run import Run, SeedTask, seed_everything
+from lathe.studies.engine.run import Run, SeedResult, SeedTask, seed_everything
 
 __all__ = ["Event", "measure_seed", "measure_study"]
 
@@ -54,7 +54,7 @@ def measure_study(
     seeds: Sequence[int],
     skip: Collection[str],
     emit: Callable[[Event], None],
-    map_seeds: Callable[[Run, list[SeedTask]], list[Any]] | None = None,
+    map_seeds: Callable[[Run, list[SeedTask]], list[SeedResult]] | None = None,
 ) -> None:
     """Measures every claim of a study but those in `skip`, emitting an `Event` for each step."""
     torch.set_num_threads(1)
@@ -108,12 +108,11 @@ def _one_line(error: BaseException) -> str:
 
 def measure_seed(
     slug: str, scale: str, device: str, seeds: Sequence[int], function: str, seed: int, options: dict[str, Any]
-) -> Any:
+) -> SeedResult:
     """One seed of `Run.each_seed`, in a process of its own: `function` is named in the study's file."""
     import sys
 
     torch.set_num_threads(1)
     study = studies.load(slug)
     module = sys.modules[next(iter(study.claims.values())).measure.__module__]
-    seed_everything(seed)
-    return getattr(module, function)(Run(study, scale, device=device, seeds=seeds), seed, **options)
+    return Run(study, scale, device=device, seeds=seeds).one_seed(getattr(module, function), seed, options)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Run", "seed_everything"]
 
 SeedTask = tuple[Callable[..., Any], int, dict[str, Any]]
+SeedResult = tuple[Any, list[str]]
 
 
 def seed_everything(seed: int) -> None:
@@ -33,8 +34,8 @@ class Run:
         device: where networks are trained ("cpu", "cuda").
         seeds: the seeds of `each_seed`; by default as many as the setting says, from 0.
         on_progress: told `(what, done, total)`.
-        map_seeds: how seeds are spread: takes a list of `(function, seed, options)`, returns their results in order.
-            None runs one after the other, here.
+        map_seeds: how seeds are spread: takes a list of `(function, seed, options)`, returns in order what `one_seed`
+            does. None runs one after the other, here.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Run:
         device: str = "cpu",
         seeds: Sequence[int] | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
-        map_seeds: Callable[[Run, list[SeedTask]], list[Any]] | None = None,
+        map_seeds: Callable[[Run, list[SeedTask]], list[SeedResult]] | None = None,
     ) -> None:
         self.study, self.scale, self.device = study, scale, device
         self.setting: Setting = study.scales[scale]
@@ -53,7 +54,7 @@ class Run:
         self.notes: list[str] = []
         self.chart: Any = None
         self._on_progress, self._map_seeds = on_progress, map_seeds
-        self._results: dict[tuple[str, int, str], Any] = {}
+        self._results: dict[tuple[str, int, str], SeedResult] = {}
 
     def each_seed(self, function: Callable[..., Any], **options: Any) -> list[Any]:
         """Calls `function(run, seed, **options)` for every seed; a call that was made before is not made again.
@@ -73,9 +74,21 @@ class Run:
             for done, seed in enumerate(missing):
                 told = ", ".join(str(value) for value in options.values())
                 self.progress(f"{function.__name__}({told}) seed {seed}", done, len(missing))
-                seed_everything(seed)
-                self._results[key(seed)] = function(self, seed, **options)
-        return [self._results[key(seed)] for seed in self.seeds]
+                self._results[key(seed)] = self.one_seed(function, seed, options)
+        found = [self._results[key(seed)] for seed in self.seeds]
+        for _, notes in found:  # also where the networks were trained for an earlier claim
+            self.notes += [note for note in notes if note not in self.notes]
+        return [result for result, _ in found]
+
+    def one_seed(self, function: Callable[..., Any], seed: int, options: dict[str, Any]) -> SeedResult:
+        """One call of `each_seed`, and what it noted."""
+        before, self.notes = self.notes, []
+        seed_everything(seed)
+        try:
+            result = function(self, seed, **options)
+            return result, self.notes
+        finally:
+            self.notes = before
 
     def generator(self, seed: int) -> torch.Generator:
         """A fresh CPU generator."""

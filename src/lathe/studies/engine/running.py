@@ -23,7 +23,7 @@ from typing import Any
 from lathe import studies
 from lathe.studies.engine import ledger
 from lathe.studies.engine.measuring import Event, measure_seed, measure_study
-from lathe.studies.engine.run import Run, SeedTask
+from lathe.studies.engine.run import Run, SeedResult, SeedTask
 
 __all__ = ["ClusterUnreachable", "WorkerLost", "run_studies"]
 
@@ -141,7 +141,7 @@ def _study_in_worker(plan: Plan, scale: str, device: str, seeds: Sequence[int], 
         return
     with _pool(seed_jobs, _events) as pool:
 
-        def map_seeds(run: Run, tasks: list[SeedTask]) -> list[Any]:
+        def map_seeds(run: Run, tasks: list[SeedTask]) -> list[SeedResult]:
             futures = [
                 pool.submit(measure_seed, slug, scale, device, seeds, function.__qualname__, seed, options)
                 for function, seed, options in tasks
@@ -279,7 +279,7 @@ def _study_on_ray(plan: Plan, scale: str, device: str, seeds: Sequence[int], spr
     slug, done = plan
     seed_task = ray.remote(num_cpus=1)(measure_seed)
 
-    def map_seeds(run: Run, tasks: list[SeedTask]) -> list[Any]:
+    def map_seeds(run: Run, tasks: list[SeedTask]) -> list[SeedResult]:
         return list(
             ray.get(
                 [

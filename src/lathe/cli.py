@@ -73,7 +73,8 @@ def _fail(message: str, code: int) -> NoReturn:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    wide = None if sys.stderr.isatty() or "COLUMNS" in os.environ else 120  # a log is no narrow terminal
+    return Console(stderr=True, highlight=False, width=wide)
 
 
 def _print_json(value: Any) -> None:

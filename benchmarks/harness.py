@@ -160,7 +160,8 @@ def main() -> int:
             times = f"{record['ours_ms']:.3g} ms against {record['peer_ms']:.3g} ms"
             console.print(
                 f"[{colour}]{record['ratio']:6.2f}x[/] (target {pair.target:.3g}x)  {name}: {pair.title}, "
-                f"against {pair.peer_name}: {times}{memory}{disagrees}"
+                f"against {pair.peer_name}: {times}{memory}{disagrees}",
+                soft_wrap=True,
             )
     if options.json:
         old = json.loads(options.json.read_text()) if options.json.exists() else {}

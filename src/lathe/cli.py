@@ -299,7 +299,7 @@ def _claims_table(result: Result) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "–" if value is None else f"{value:.4g}"
 
 
 # --- show ------------------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def _headline(claims: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def number(value: float | None) -> str:
-    """A measured number as people write it: three figures, thousands apart, powers of ten where it is tiny."""
+    """A measured number as people write it: three or four figures, thousands apart, powers of ten where it is tiny."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if value == 0:
@@ -175,12 +175,13 @@ def number(value: float | None) -> str:
         return f"{digits.rstrip('0').rstrip('.').replace('-', '−')}×10{raised}"
     if size >= 1000:
         return f"{value:,.0f}".replace(",", "\u202f").replace("-", "−")
-    return f"{value:.3g}".replace("-", "−")
+    return f"{value:.{4 if 1 <= size < 10 else 3}g}".replace("-", "−")  # ratios near 1 need the fourth
 
 
 def bound(text: str) -> str:
     """A bound as people write it: its numbers as measured ones."""
-    return re.sub(r"-?\d[\d.]*(?:e[-+]\d+)?", lambda match: number(float(match[0])), text)
+    numbers = re.sub(r"-?\d[\d.]*(?:e[-+]\d+)?", lambda match: number(float(match[0])), text)
+    return re.sub("([≤≥=]) ", "\\1\u00a0", numbers)  # a sign stays with its number
 
 
 def _sentence(text: str) -> str:

@@ -23,6 +23,7 @@ def _config(ink: str, muted: str, grid: str, category: list[str], ramp: list[str
             "gridDash": [1, 3],
             "labelColor": muted,
             "labelFontSize": 11,
+            "labelOverlap": True,
             "tickColor": muted,
             "tickSize": 4,
             "titleColor": ink,

@@ -395,7 +395,7 @@ def only_critical_networks_train(run: Run) -> Measurement:
             color=alt.Color("network:N", title=None),
         )
     )
-    also = {}
+    also: dict[str, float] = {}
     for name, by_C_W in best.items():
         also |= {f"{name} network, C_W = {C_W:g}": statistics.fmean(values) for C_W, values in by_C_W.items()}
     wider = best["wider"]

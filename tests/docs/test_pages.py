@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,10 @@ def test_the_example_of_a_paper_runs_as_pasted(slug, tmp_path):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
 def test_every_python_block_of_a_page_runs_as_pasted(page, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?) *```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks or page != "README.md"
     for block in blocks:
-        run(block, tmp_path)
+        run(textwrap.dedent(block), tmp_path)  # a block inside a list is indented
 
 
 def test_every_paper_has_a_page_with_the_parts_that_readers_expect():

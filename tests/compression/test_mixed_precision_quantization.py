@@ -362,8 +362,8 @@ def test_onnx_runs_elsewhere_and_holds_four_bit_weights(trained, digits, tmp_pat
     x = digits[0][:200]
     (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     expected = model(x)
-    # The same but for values that fall on the other side of a rounding boundary, where other code adds up: a sample that
-    # has one moves by a step of a grid of 4 bits, the others not at all. A wrong scale would leave none as it was.
+    # The same but for values that fall on the other side of a rounding boundary, where other code adds up: a sample
+    # that has one moves by a step of a grid of 4 bits, others not at all. A wrong scale would leave none as it was.
     difference = (torch.tensor(output) - expected).abs()
     assert float((difference.amax(1) < 1e-4 * float(expected.abs().max())).float().mean()) > 0.2
     assert float(difference.mean()) < 0.05 * float(expected.abs().mean())

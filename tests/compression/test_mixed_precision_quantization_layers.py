@@ -26,10 +26,12 @@ from lathe.compression.mixed_precision_quantization import (
     levels,
     mse_clip,
     quantize,
+    quantize_model,
 )
 from lathe.compression.mixed_precision_quantization import kernels as kernels_module
 from lathe.compression.mixed_precision_quantization import layers as layers_module
 from lathe.compression.mixed_precision_quantization.kernels import Int8Product, to_codes
+from lathe.core.size import measure
 
 needs_kernels = pytest.mark.skipif(
     integer_kernel("linear", "cpu") is None or integer_kernel("conv2d", "cpu") is None,
@@ -370,3 +372,13 @@ def test_an_infinite_input_is_refused_by_name():
 def test_an_empty_calibration_set_is_refused():
     with pytest.raises(ValueError, match="calibration must hold at least one sample"):
         calibrate(nn.Linear(2, 2), [])
+
+
+@needs_kernels
+def test_a_network_on_integers_takes_as_many_operations_as_the_network_in_floats(rng):
+    net = nn.Sequential(nn.Conv2d(4, 16, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)).eval()
+    x = torch.randn(3, 4, 8, 8, generator=rng)
+    small = quantize_model(net, {"0": 8, "3": 8}, calibrate(net, (x,)))
+    small.execute = "native"
+    measured = measure(small, x)
+    assert measured.flops == measure(net, x).flops and measured.uncounted == ()

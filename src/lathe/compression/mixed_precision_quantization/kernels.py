@@ -8,6 +8,7 @@ instruction sets saturate at 16 bits between products.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Literal
@@ -15,6 +16,8 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
+
+from lathe.core.size import flop_formula
 
 __all__ = ["Int8Conv2d", "Int8Linear", "Int8Product", "integer_kernel", "to_codes"]
 
@@ -218,3 +221,15 @@ def _is_right(kernel: type, device: str) -> bool:
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return torch.equal(result.double(), expected)
+
+
+# What `measure` counts for the packed layers: an integer multiply-add is two operations, as a float one is.
+if hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(torch.ops.onednn, "qconv_pointwise"):
+
+    @flop_formula(torch.ops.onednn.qlinear_pointwise)
+    def _linear_operations(codes_shape, *_, out_shape, **__) -> int:
+        return 2 * math.prod(codes_shape) * out_shape[-1]
+
+    @flop_formula(torch.ops.onednn.qconv_pointwise)
+    def _convolution_operations(codes_shape, scale, zero, weight_shape, *_, out_shape, **__) -> int:
+        return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])

@@ -23,7 +23,7 @@ study = Study(
     example="import torch\nassert torch.ones(1) == 1",
     scales={
         "smoke": Setting(count=100, pause=0.0, seeds=2),
-        "desk": Setting(count=1000, pause=0.5),
+        "desk": Setting(count=1000, pause=1.0),
         "full": Setting(count=10000, pause=0.0),
     },
 )

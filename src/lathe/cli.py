@@ -56,7 +56,7 @@ def main() -> NoReturn:
     except Failure as failure:
         _fail(str(failure), failure.code)
     except KeyboardInterrupt:
-        _fail("interrupted; finished claims are kept, the same command resumes", INTERRUPTED)
+        _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -177,6 +177,8 @@ def run(
         raise Failure(str(error)) from None
     except WorkerLost as error:
         raise Failure(str(error), BROKEN) from None
+    except KeyboardInterrupt:
+        raise Failure("interrupted; finished claims are kept, the same command resumes", INTERRUPTED) from None
     if as_json:
         _print_json([ledger.summary(loaded[slug], dict.fromkeys(SCALES) | {scale: results[slug]}) for slug in slugs])
     else:

@@ -62,23 +62,49 @@ def test_a_broken_measurement_exits_3_in_one_line_and_keeps_the_others(lathe):
     assert again["complete"] and again["claims"][1] == found["claims"][1]
 
 
-def test_a_killed_run_loses_no_finished_claim_and_resumes(lathe):
+def start_desk_run(lathe):
+    """A run that has finished its first claim and is at work on the second, in a process group of its own."""
     command = [sys.executable, "-m", "lathe.cli", "run", "toy-paper", "--scale", "desk", "--jobs", "1"]
     running = subprocess.Popen(
-        command, cwd=lathe.folder, env=lathe.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=lathe.folder,
+        env=lathe.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     path = lathe.folder / "runs/toy-paper/desk/result.json"
     give_up = time.monotonic() + 120
     while not (path.exists() and json.loads(path.read_text())["claims"]) and time.monotonic() < give_up:
         time.sleep(0.05)
+    return running
+
+
+def test_a_killed_run_loses_no_finished_claim_and_resumes(lathe):
+    running = start_desk_run(lathe)
     os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    running.communicate()
     before = result(lathe.folder, "desk")
     assert [claim["id"] for claim in before["claims"]] == ["C1"] and not before["complete"]
     lathe("run", "toy-paper", "--scale", "desk", "--jobs", "1", code=1)
     after = result(lathe.folder, "desk")
     assert after["complete"] and after["claims"][0] == before["claims"][0]
     assert after["started"] >= before["started"] and len(after["claims"]) == 5
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_leaves_no_process(lathe):
+    running = start_desk_run(lathe)
+    os.killpg(running.pid, signal.SIGINT)  # what Ctrl-C does: every process of the terminal gets it
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert told.strip().splitlines()[-1].startswith("lathe: interrupted; finished claims are kept")
+    assert "Traceback" not in told
+    give_up = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < give_up:
+            os.killpg(running.pid, 0)
+            time.sleep(0.1)
 
 
 def test_changed_seeds_do_not_resume_an_old_run(lathe):

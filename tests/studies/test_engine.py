@@ -73,6 +73,8 @@ def start_desk_run(lathe):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Where the tests run in the background, SIGINT may be ignored, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     path = lathe.folder / "runs/toy-paper/desk/result.json"
     give_up = time.monotonic() + 120

@@ -43,8 +43,11 @@ def measured(study: Study) -> str:
         assert result is not None
         machine = result["machine"]
         where = f"{machine['processor']} ({machine['device']}), torch {result['versions']['torch']}"
-        lines += [""]
-        lines += [f"Measured {result['started'][:10]} on {where}; figures: `lathe show {study.slug}` and the gallery."]
+        days = {claim["id"]: claim.get("measured", result["started"][:10]) for claim in result["claims"]}
+        first = min(days.values())
+        later = "".join(f", {name} on {day}" for name, day in days.items() if day != first)
+        figures = f"figures: `lathe show {study.slug}` and the gallery"
+        lines += ["", f"Measured {first}{later} on {where}; {figures}."]
         lines += [f"- {claim['id']}: {claim['note']}" for claim in result["claims"] if claim["note"]]
     return "\n".join(lines)
 

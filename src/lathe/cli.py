@@ -138,6 +138,9 @@ def run(
         str | None, typer.Option(help="Ray cluster to run on: auto, HOST:PORT or ray://HOST:PORT.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what an interrupted run had finished.")] = False,
+    claim: Annotated[
+        list[str] | None, typer.Option(help="Measure this claim only, anew, and keep the others; may be repeated.")
+    ] = None,
     record: Annotated[
         Path | None, typer.Option(help="Also copy finished results to this folder, PAPER/SCALE.json.")
     ] = None,
@@ -166,14 +169,14 @@ def run(
                 jobs=jobs or os.cpu_count() or 1,
                 cluster=cluster,
                 fresh=fresh,
+                claims=claim or (),
                 on_event=table.tell,
             )
         if record is not None:
             for slug, result in results.items():
-                ledger.write(record / slug / f"{scale}.json", result)
-    except studies.UnknownPaper as error:
-        raise Failure(str(error)) from None
-    except (ledger.LedgerError, ClusterUnreachable) as error:
+                path = record / slug / f"{scale}.json"
+                ledger.write(path, ledger.merged(result, ledger.read(path), loaded[slug]) if claim else result)
+    except (studies.UnknownPaper, studies.UnknownClaim, ledger.LedgerError, ClusterUnreachable) as error:
         raise Failure(str(error)) from None
     except WorkerLost as error:
         raise Failure(str(error), BROKEN) from None

@@ -200,6 +200,22 @@ def test_random_search_shares_its_draws_and_verdicts_with_evolution(rng):
     assert told(alone) == told(evolved)
 
 
+def test_two_processes_find_what_the_rule_says_and_random_search_finds_the_same(rng):
+    data = task(rng)
+    alone = evolve_norm_act([single, chain], data, evaluations=5, explore=1.0, **SEARCH)
+    both = evolve_norm_act([single, chain], data, evaluations=5, explore=1.0, workers=2, **SEARCH)
+    assert told(alone) == told(both) and alone.attempts == both.attempts and alone.rejections == both.rejections
+    whole = evolve_norm_act([single], data, evaluations=6, workers=2, **SEARCH)
+    part = evolve_norm_act([single], data, evaluations=3, workers=2, **SEARCH)
+    resumed = evolve_norm_act([single], data, evaluations=6, workers=2, resume=part, **SEARCH)
+    assert told(resumed) == told(whole)
+    # A child of attempt k is drawn from what was known before attempt k - 1.
+    seen = {c.graph.hash(): c.attempt for c in reversed(whole.history)}
+    for child in whole.history:
+        if child.origin == "mutation":
+            assert min(seen.values()) < child.attempt - 1
+
+
 def test_batch_independent_search_uses_no_batch_moment(rng):
     result = evolve_norm_act([single], task(rng), evaluations=5, batch_independent=True, **SEARCH)
     assert all(c.graph.batch_independent for c in result.history)

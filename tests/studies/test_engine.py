@@ -115,6 +115,28 @@ def test_changed_seeds_do_not_resume_an_old_run(lathe):
     assert result(lathe.folder)["claims"][1]["seeds"] == 1
 
 
+def test_one_claim_is_measured_anew_and_the_others_are_kept(lathe):
+    folder, recorded = lathe.folder / "runs" / "toy-paper" / "smoke", lathe.folder / "recorded"
+    lathe("run", "toy-paper", "--record", "recorded")
+    whole = json.loads((folder / "result.json").read_text())
+    whole["claims"][0]["note"] = "kept"
+    (folder / "result.json").write_text(json.dumps(whole))
+    lathe("run", "toy-paper", "--claim", "C2", "--claim", "C5", "--record", "recorded")
+    found = json.loads((folder / "result.json").read_text())
+    assert found["complete"] and found["started"] >= whole["started"]
+    assert [claim["id"] for claim in found["claims"]] == ["C1", "C2", "C3", "C4", "C5"]
+    assert found["claims"][0]["note"] == "kept" and found["claims"][1]["value"] == whole["claims"][1]["value"]
+    assert json.loads((recorded / "toy-paper" / "smoke.json").read_text())["claims"][0]["measured"]
+    lathe("run", "toy-paper", "--claim", "C2", "--output", "elsewhere")
+    alone = json.loads((lathe.folder / "elsewhere" / "toy-paper" / "smoke" / "result.json").read_text())
+    assert [claim["id"] for claim in alone["claims"]] == ["C2"] and not alone["complete"]
+    whole["machine"]["processor"] = "abacus"
+    (folder / "result.json").write_text(json.dumps(whole))
+    done = lathe("run", "toy-paper", "--claim", "C2", code=2)
+    assert "abacus" in done.stderr and "measure all claims" in done.stderr
+    assert "no claim C9; it has C1, C2" in lathe("run", "toy-paper", "--claim", "C9", code=2).stderr
+
+
 def test_a_half_written_result_is_replaced(lathe):
     path = lathe.folder / "runs/toy-paper/smoke/result.json"
     path.parent.mkdir(parents=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lathe.studies.engine import Study
 
-__all__ = ["UnknownPaper", "load", "slugs"]
+__all__ = ["UnknownClaim", "UnknownPaper", "load", "slugs"]
 
 
 if os.environ.get("LATHE_STUDIES"):
@@ -23,6 +23,10 @@ if os.environ.get("LATHE_STUDIES"):
 
 class UnknownPaper(ValueError):
     """A paper that Lathe has no study of."""
+
+
+class UnknownClaim(ValueError):
+    """A claim that a study does not have."""
 
 
 def slugs() -> list[str]:

@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 import math
 import time
+from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from typing import Literal
 
 import torch
@@ -42,6 +46,8 @@ Anchor = Callable[[LayerFactory], nn.Module]
 """Takes a layer factory, returns a fresh classifier that uses it."""
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 """Inputs and labels to train on, inputs and labels to validate on."""
+Verdict = str | tuple[float, ...]
+"""Why a graph is rejected, or its accuracies on the anchors."""
 
 
 @dataclass(frozen=True)
@@ -246,11 +252,12 @@ def pareto_front(scores: Float[Tensor, "candidates objectives"]) -> Bool[Tensor,
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that passed the rejection tests, and its validation accuracy on each anchor."""
+    """A layer that passed the rejection tests, its validation accuracy on each anchor, and which attempt it was."""
 
     graph: NormActGraph
     accuracies: tuple[float, ...]
     origin: Literal["random", "mutation"] = "random"
+    attempt: int = 0
 
     @property
     def mean(self) -> float:
@@ -309,6 +316,7 @@ class SearchResult:
                 ],
                 "accuracies": list(c.accuracies),
                 "origin": c.origin,
+                "attempt": c.attempt,
             }
             for c in self.history
         ]
@@ -326,7 +334,10 @@ class SearchResult:
     def from_json(cls, text: str) -> SearchResult:
         """The result that `to_json` wrote."""
         told = json.loads(text)
-        history = [Candidate(NormActGraph(c["nodes"]), tuple(c["accuracies"]), c["origin"]) for c in told["history"]]
+        history = [
+            Candidate(NormActGraph(c["nodes"]), tuple(c["accuracies"]), c["origin"], c["attempt"])
+            for c in told["history"]
+        ]
         return cls(history, Counter(told["rejections"]), told["attempts"], told["reused"], told["seconds"])
 
 
@@ -346,8 +357,7 @@ class _Judge:
     learning_rate: float
     seed: int
 
-    def __call__(self, graph: NormActGraph) -> str | tuple[float, ...]:
-        """Why the graph is rejected, or its accuracies."""
+    def __call__(self, graph: NormActGraph) -> Verdict:
         cause = structural_check(graph)
         if cause is not None:
             return cause
@@ -395,14 +405,15 @@ def evolve_norm_act(
     seed: int = 0,
     proxy_seed: int = 0,
     seconds: float | None = None,
-    known: dict[str, str | tuple[float, ...]] | None = None,
+    known: dict[str, Verdict] | None = None,
+    workers: int = 1,
     on_result: Callable[[SearchResult, NormActGraph, str | Candidate], None] | None = None,
     resume: SearchResult | None = None,
 ) -> SearchResult:
     """Evolves layers that do well on all anchors at once (Section 3.2; `explore=1` is random search).
 
-    One child at a time: a random graph, or a mutation of a tournament's winner among the most recent candidates. What
-    passes the rejection tests is trained on every anchor, with the same initial weights and order of data for all.
+    A child is a random graph, or a mutation of a tournament's winner among the most recent candidates. What passes the
+    rejection tests is trained on every anchor, with the same initial weights and order of data for all.
 
     Args:
         anchors: each takes a layer factory and returns a fresh classifier.
@@ -424,6 +435,9 @@ def evolve_norm_act(
         proxy_seed: of initial weights and order of the data.
         seconds: stop after this much time, with what has been found.
         known: verdicts by `graph.hash()`, read and added to: searches that judge alike may share one.
+        workers: how many graphs are judged at once, each in a process of one thread. A child is then drawn before the
+            `workers - 1` attempts before it are judged: the result depends on this number, not on which process is
+            fastest, and random search does not depend on it at all. Anchors must be picklable (top-level functions).
         on_result: called after each graph with the result so far, the graph, and a cause of rejection or the candidate.
         resume: an earlier result of the same call; the search goes on as if it had not stopped.
 
@@ -434,9 +448,10 @@ def evolve_norm_act(
         raise ValueError("anchors must hold at least one network factory, got none")
     if len({len(data[0]), len(data[1])}) > 1 or len({len(data[2]), len(data[3])}) > 1:
         raise ValueError(f"data must pair inputs with labels, got lengths {[len(part) for part in data]}")
-    if evaluations < 1 or window < 1 or tournament <= 0:
+    if min(evaluations, window, workers) < 1 or tournament <= 0:
         raise ValueError(
-            f"evaluations, window and tournament must be positive, got {evaluations}, {window} and {tournament}"
+            "evaluations, window, tournament and workers must be positive, got "
+            f"{evaluations}, {window}, {tournament} and {workers}"
         )
     if not 0 <= explore <= 1:
         raise ValueError(f"explore must lie in [0, 1], got {explore}")
@@ -458,39 +473,82 @@ def evolve_norm_act(
         proxy_seed,
     )
     result = SearchResult() if resume is None else SearchResult.from_json(resume.to_json())
-    recent = deque(result.history, maxlen=window)
     evaluated = {candidate.graph.hash() for candidate in result.history}
     known = {} if known is None else known
     known.update({candidate.graph.hash(): candidate.accuracies for candidate in result.history})
     before, began = result.seconds, time.perf_counter()
-    while len(evaluated) < evaluations and (seconds is None or result.seconds < seconds):
+
+    def child(attempt: int) -> tuple[NormActGraph, Literal["random", "mutation"]]:
         # A stream for each attempt: going on after an interruption draws what would have been drawn.
-        rng = torch.Generator().manual_seed((seed << 32) + result.attempts)
-        origin: Literal["random", "mutation"] = "random"
+        rng = torch.Generator().manual_seed((seed << 32) + attempt)
+        judged = bisect_left(result.history, attempt - workers + 1, key=lambda candidate: candidate.attempt)
+        recent = result.history[max(0, judged - window) : judged]
         if not recent or float(torch.rand((), generator=rng)) < explore:
-            graph = random_graph(rng, n_nodes, batch_independent)
-        else:
-            origin = "mutation"
-            graph = mutate(_winner(recent, tournament, select, rng).graph, rng, batch_independent)
-        key = graph.hash()
-        result.reused += key in evaluated
-        if key not in known:
-            known[key] = judge(graph)
-        verdict = known[key]
-        outcome: str | Candidate
-        if isinstance(verdict, str):
-            result.rejections[verdict] += 1
-            outcome = verdict
-        else:
-            evaluated.add(key)
-            outcome = Candidate(graph, verdict, origin)
-            result.history.append(outcome)
-            recent.append(outcome)
-        result.attempts += 1
-        result.seconds = before + time.perf_counter() - began
-        if on_result is not None:
-            on_result(result, graph, outcome)
+            return random_graph(rng, n_nodes, batch_independent), "random"
+        return mutate(_winner(recent, tournament, select, rng).graph, rng, batch_independent), "mutation"
+
+    with _judging(judge, workers) as submit:
+        running: deque[tuple[NormActGraph, Literal["random", "mutation"], str]] = deque()
+        verdicts: dict[str, Future[Verdict]] = {}
+        while len(evaluated) < evaluations and (seconds is None or result.seconds < seconds):
+            while len(running) < workers:
+                graph, origin = child(result.attempts + len(running))
+                key = graph.hash()
+                running.append((graph, origin, key))
+                if key not in known and key not in verdicts:
+                    verdicts[key] = submit(graph)
+            graph, origin, key = running.popleft()
+            if key not in known:
+                known[key] = verdicts.pop(key).result()
+            verdict = known[key]
+            outcome: str | Candidate
+            if isinstance(verdict, str):
+                result.rejections[verdict] += 1
+                outcome = verdict
+            else:
+                result.reused += key in evaluated
+                evaluated.add(key)
+                outcome = Candidate(graph, verdict, origin, result.attempts)
+                result.history.append(outcome)
+            result.attempts += 1
+            result.seconds = before + time.perf_counter() - began
+            if on_result is not None:
+                on_result(result, graph, outcome)
     return result
+
+
+_worker_judge: _Judge | None = None  # of a process that judges
+
+
+def _start_judging(judge: _Judge) -> None:
+    global _worker_judge
+    torch.set_num_threads(1)
+    _worker_judge = judge
+
+
+def _judged(graph: NormActGraph) -> Verdict:
+    assert _worker_judge is not None
+    return _worker_judge(graph)
+
+
+@contextmanager
+def _judging(judge: _Judge, workers: int) -> Iterator[Callable[[NormActGraph], Future[Verdict]]]:
+    """A function that hands a graph to a process, which has the data already; one worker is this very process."""
+    if workers == 1:
+
+        def here(graph: NormActGraph) -> Future[Verdict]:
+            done: Future[Verdict] = Future()
+            done.set_result(judge(graph))
+            return done
+
+        yield here
+        return
+    # Spawned, not forked: the threads of torch and a GPU do not survive a fork.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_judging, (judge,))
+    try:
+        yield partial(pool.submit, _judged)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _winner(recent: Sequence[Candidate], tournament: float, select: str, rng: torch.Generator) -> Candidate:

@@ -33,7 +33,9 @@ __all__ = [
     "LedgerError",
     "best",
     "finding",
+    "finish",
     "listing",
+    "merged",
     "new_result",
     "read",
     "recorded_folder",
@@ -208,7 +210,14 @@ def finding(
             "held": claim.holds(measurement.value),
         }
         verdict = claim.verdict(measurement, scale)
-    return record | {"verdict": verdict, "note": note, "seconds": round(seconds, 3), "error": error, "figure": figure}
+    return record | {
+        "verdict": verdict,
+        "note": note,
+        "measured": datetime.now(UTC).date().isoformat(),
+        "seconds": round(seconds, 3),
+        "error": error,
+        "figure": figure,
+    }
 
 
 def _told(claim: Claim) -> dict[str, Any]:
@@ -222,6 +231,42 @@ def _told(claim: Claim) -> dict[str, Any]:
         "holds": str(claim.holds),
         "also": {name: str(bound) for name, bound in claim.also.items()},
     }
+
+
+def merged(result: Result, old: Result | None, study: Study) -> Result:
+    """A result that measured some claims only, completed by those that an older one measured and this one did not.
+
+    Raises:
+        LedgerError: where the older one comes from another machine, device or torch: their numbers do not mix.
+    """
+    own = {claim["id"]: claim for claim in result["claims"]}
+    if old is None or len(own) == len(study.claims):
+        return result
+    for part, key in (("machine", "processor"), ("machine", "device"), ("versions", "torch")):
+        if old[part][key] != result[part][key]:
+            raise LedgerError(
+                f"{study.slug}: the other claims were measured with {key} {old[part][key]!r}, these with "
+                f"{result[part][key]!r}; measure all claims"
+            )
+    day = old["started"][:10]
+    kept = {
+        claim["id"]: {"measured": day} | claim
+        for claim in old["claims"]
+        if claim["id"] not in own and claim["error"] is None
+    }
+    claims = [(own | kept)[name] for name in study.claims if name in own or name in kept]
+    return result | {"claims": claims, "complete": _complete(claims, study)}
+
+
+def _complete(claims: list[Finding], study: Study) -> bool:
+    return len(claims) == len(study.claims) and all(claim["error"] is None for claim in claims)
+
+
+def finish(result: Result, study: Study) -> None:
+    """Puts the claims in the study's order; the result is complete where all of them were measured."""
+    order = list(study.claims)
+    result["claims"].sort(key=lambda claim: order.index(claim["id"]))
+    result["complete"] = _complete(result["claims"], study)
 
 
 def best(slug: str, scale: str, output: Path | None) -> Result | None:

@@ -14,7 +14,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -48,6 +48,7 @@ def run_studies(
     jobs: int = 1,
     cluster: str | None = None,
     fresh: bool = False,
+    claims: Collection[str] = (),
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> tuple[dict[str, ledger.Result], set[str]]:
     """Runs studies and returns their results by slug, and the kinds of failure met ("data", "error").
@@ -61,25 +62,36 @@ def run_studies(
         jobs: how many processes, one thread each.
         cluster: address of a Ray cluster that takes the place of local processes.
         fresh: measure everything anew.
+        claims: measure these anew and no others; what was measured of the others here is kept. All where empty.
         on_event: told everything that happens.
 
     Raises:
-        UnknownPaper, LedgerError, ClusterUnreachable, WorkerLost.
+        UnknownPaper, UnknownClaim, LedgerError, ClusterUnreachable, WorkerLost.
     """
     results, plans, failures = {}, [], set()
     for slug in slugs:
         study = studies.load(slug)
+        if not set(claims) <= set(study.claims):
+            strange = ", ".join(sorted(set(claims) - set(study.claims)))
+            raise studies.UnknownClaim(f"{slug} has no claim {strange}; it has {', '.join(study.claims)}")
         run = Run(study, scale, device=device, seeds=None if seeds is None else range(seeds))
         path = ledger.result_path(output, slug, scale)
         result, old = ledger.new_result(run), None
         with contextlib.suppress(ledger.LedgerError):  # an unreadable old result is replaced
             old = None if fresh else ledger.read(path)
-        if old is not None and not old["complete"] and old["fingerprint"] == result["fingerprint"]:
+        if claims:
+            if old is not None:
+                old["claims"] = [claim for claim in old["claims"] if claim["id"] not in claims]
+            result = ledger.merged(result, old, study)
+        elif old is not None and not old["complete"] and old["fingerprint"] == result["fingerprint"]:
             result["claims"] = [claim for claim in old["claims"] if claim["error"] is None]
             result["seconds"] = old["seconds"]
         ledger.write(path, result)  # finds out at once whether the folder can be written
         results[slug] = result
-        plans.append((slug, tuple(claim["id"] for claim in result["claims"])))
+        done = {claim["id"] for claim in result["claims"]}
+        if claims:
+            done |= set(study.claims) - set(claims)
+        plans.append((slug, tuple(done)))
 
     began = dict.fromkeys(results, time.perf_counter())
 
@@ -100,9 +112,7 @@ def run_studies(
                     (path.parent / "errors.txt").write_text(event.details)
             ledger.write(path, result)
         elif event.kind == "finished":
-            order = list(studies.load(event.slug).claims)
-            result["claims"].sort(key=lambda claim: order.index(claim["id"]))
-            result["complete"] = all(claim["error"] is None for claim in result["claims"])
+            ledger.finish(result, studies.load(event.slug))
             ledger.write(path, result)
         on_event(event)
 

@@ -1,4 +1,4 @@
-"""Fills the marked parts of docs/papers/*.md: the example of each study and the table of what was measured.
+"""Fills the marked parts of docs/: the example of each study, its table of what was measured, the table of layers.
 
 python docs/measured.py            write them
 python docs/measured.py --check    say which are out of date, and exit 1
@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+
+import layers
 
 from lathe import studies
 from lathe.gallery import bound, number
@@ -62,11 +64,15 @@ def filled(page: str, name: str, content: str) -> str:
 
 def main() -> int:
     stale = []
+    parts: dict[Path, dict[str, str]] = {HERE / "replace-a-layer.md": {"layers": layers.table()}}
     for slug in studies.slugs():
-        study, path = studies.load(slug), HERE / "papers" / f"{slug}.md"
-        page = path.read_text(encoding="utf-8")
-        new = filled(page, "example", f"```python\n{study.example}\n```")
-        new = filled(new, "measured", measured(study))
+        study = studies.load(slug)
+        example = f"```python\n{study.example}\n```"
+        parts[HERE / "papers" / f"{slug}.md"] = {"example": example, "measured": measured(study)}
+    for path, contents in parts.items():
+        page = new = path.read_text(encoding="utf-8")
+        for name, content in contents.items():
+            new = filled(new, name, content)
         if new != page:
             stale.append(path.name)
             if "--check" not in sys.argv:

@@ -1,0 +1,118 @@
+"""The readout of fixed features in closed form: ridge regression, weighted least squares, Fisher's discriminant."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+__all__ = ["NormalEquations", "fit_bundled", "one_hot"]
+
+Loss = Literal["mse", "fisher"]
+
+
+def fit_bundled(
+    features: Float[Tensor, "samples features"],
+    targets: Shaped[Tensor, "samples *outputs"],
+    ridge: float = 1e-4,
+    *,
+    loss: Loss = "mse",
+    intercept: bool = False,
+    sample_weight: Float[Tensor, " samples"] | None = None,
+) -> Float[Tensor, "outputs features_and_intercept"]:
+    """The optimal parameters A of a bundled network, A = Y^T P (P^T P + ridge I)^-1, without any gradient step.
+
+    Args:
+        features: P.
+        targets: (samples, outputs) or (samples,) numbers, or integer classes, of which a column each is made.
+        ridge: added to the diagonal, also for the intercept, as scikit-learn's `alpha` on a column of ones.
+        loss: "mse" is least squares; "fisher" is Fisher's linear discriminant with shared covariance (targets must be
+            classes, and intercept=True), whose outputs are log odds up to a common constant.
+        intercept: appends a column of ones to P; its weights are the last column of the result.
+        sample_weight: of each sample in the sum: generalised least squares with a diagonal covariance.
+
+    Returns:
+        A, in the dtype of the features; all sums and the Cholesky factorisation are in float64.
+
+    Raises:
+        ValueError: where samples do not pair up, nothing is to be fitted, ridge is negative or so small that P^T P
+            cannot be inverted, or loss is another.
+    """
+    equations = NormalEquations(intercept=intercept, classes=loss == "fisher")
+    check_loss(loss, targets, intercept)
+    equations.add(features, one_hot(targets), sample_weight)
+    return equations.solve(ridge).to(features.dtype)
+
+
+def one_hot(targets: Tensor) -> Tensor:
+    """Targets as columns: integer classes one-hot, numbers as they are."""
+    if targets.ndim == 1 and not targets.is_floating_point():
+        return torch.nn.functional.one_hot(targets.long()).double()
+    return targets[:, None] if targets.ndim == 1 else targets
+
+
+def check_loss(loss: str, targets: Tensor, intercept: bool) -> None:
+    if loss not in ("mse", "fisher"):
+        raise ValueError(f"loss must be 'mse' or 'fisher', which have a closed form, got {loss!r}")
+    if loss == "fisher" and (targets.ndim != 1 or targets.is_floating_point() or not intercept):
+        raise ValueError(
+            "loss='fisher' needs integer classes (samples,) and intercept=True, "
+            f"got {targets.dtype} {tuple(targets.shape)} and intercept={intercept}"
+        )
+
+
+class NormalEquations:
+    """P^T P and P^T Y, summed in float64 over batches: memory grows with the features, not with the samples."""
+
+    def __init__(self, *, intercept: bool = False, classes: bool = False) -> None:
+        self.intercept, self.classes = intercept, classes
+        self.gram: Tensor | None = None
+        self.moments: Tensor | None = None
+        self.counts: Tensor | None = None
+
+    def add(self, P: Tensor, Y: Tensor, weight: Tensor | None = None) -> None:
+        """Adds a batch of features (samples, features) and targets (samples, outputs)."""
+        if P.ndim != 2 or Y.ndim != 2 or len(P) != len(Y) or (weight is not None and weight.shape != P.shape[:1]):
+            weighted = "" if weight is None else f", sample_weight {tuple(weight.shape)}"
+            raise ValueError(
+                f"features, targets and weights must pair up, got {tuple(P.shape)} and {tuple(Y.shape)}{weighted}"
+            )
+        for p, y, w in zip(P.split(4096), Y.split(4096), [None] * len(P) if weight is None else weight.split(4096)):
+            p, y = p.detach().double(), y.detach().double()
+            if self.intercept and not self.classes:
+                p = torch.cat([p, torch.ones_like(p[:, :1])], 1)
+            weighted = p if w is None else p * w.double()[:, None]
+            parts = weighted.T @ p, weighted.T @ y, (y if w is None else y * w.double()[:, None]).sum(0)
+            if self.gram is None or self.moments is None or self.counts is None:
+                self.gram, self.moments, self.counts = parts
+            else:
+                self.gram += parts[0]
+                self.moments += parts[1]
+                self.counts += parts[2]
+
+    def solve(self, ridge: float) -> Tensor:
+        """A (outputs, features, and the intercept last), in float64."""
+        if not (math.isfinite(ridge) and ridge >= 0):
+            raise ValueError(f"ridge must be finite and at least 0, got {ridge}")
+        if self.gram is None or self.moments is None or self.counts is None:
+            raise ValueError("features must have at least one sample")
+        if not self.classes:
+            return _solve(self.gram, self.moments, ridge).T
+        total = self.counts.sum()
+        means = self.moments / self.counts
+        within = self.gram - (means * self.counts) @ means.T
+        weight = _solve(within, means, ridge).T * (total - len(self.counts))
+        offset = (self.counts / total).log() - (weight * means.T).sum(1) / 2
+        return torch.cat([weight, offset[:, None]], 1)
+
+
+def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram)).to(gram))
+    if int(failed) or not bool(factor.isfinite().all()):
+        raise ValueError(
+            f"ridge must be larger: the features are linearly dependent or not finite, and {ridge} is too little"
+        )
+    return torch.cholesky_solve(right, factor)

@@ -262,6 +262,8 @@ class TestSelection:
         assert fixed.out.weight is fixed.embed.weight
         torch.testing.assert_close(fixed(x), driven(x, gamma=0.2))
         assert set(hypernetize(net).hyper.shapes) == {"twice.0.weight", "twice.0.bias"}
+        with pytest.raises(ValueError, match=r"out.weight is tied to embed.weight: it must be predicted once"):
+            HyperDriven(net, HyperNetwork(1, {"embed.weight": (6, 4), "out.weight": (6, 4)}))
         with using_weights(net, {"embed.weight": torch.zeros(6, 4)}):
             assert not net(x).any()
             assert not net.out.weight.any()
@@ -433,7 +435,7 @@ class TestUsingWeights:
 
     def test_threads_do_not_see_each_others_weights(self):
         net, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))), torch.randn(4, 8)
-        driven = hypernetize(net)
+        driven = hypernetize(net).eval().requires_grad_(False)  # so that weights are remembered, too
         gammas = [0.0, 0.3, 0.6, 1.0]
         expected = {gamma: driven(x, gamma=gamma).detach() for gamma in gammas}
         wrong = []

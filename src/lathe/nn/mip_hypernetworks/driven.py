@@ -125,7 +125,9 @@ class HyperDriven(nn.Module):
         if key is None:
             return self.hyper(**gammas)
         sources = [*self.hyper.parameters(), *self.hyper.buffers()]
-        return self.hyper.split(self._kept.get(sources, lambda: self.hyper.flat(**gammas), key))
+        with _exclusive(self.primary):
+            flat = self._kept.get(sources, lambda: self.hyper.flat(**gammas), key)
+        return self.hyper.split(flat)
 
     def at(self, **gammas: Shaped[Tensor, "..."] | float) -> nn.Module:
         """The network for one gamma, by itself: an ordinary module with parameters of its own, at no extra cost a call.

@@ -40,7 +40,9 @@ def encode(
         return gamma
     if encoding == "complement":
         return torch.cat([gamma, 1.0 - gamma], -1)
-    turns = torch.cat([gamma * (2**octave * math.pi / 2) for octave in range(frequencies)], -1)
+    turns = gamma * (math.pi / 2)
+    if frequencies > 1:
+        turns = torch.cat([turns * 2**octave for octave in range(frequencies)], -1)
     encoded = torch.cat([turns.cos(), turns.sin()], -1)
     return encoded if frequencies == 1 else encoded / math.sqrt(frequencies)
 
@@ -145,12 +147,13 @@ class InputSpec:
             rows = rows.clamp(low, high)
         elif _readable(rows):
             slack = _TOLERANCE * (high - low)
-            # Negated, so that NaN is refused too.
-            if not bool(((rows >= low - slack) & (rows <= high + slack)).all()):
-                raise ValueError(f"{name} must lie in {low:g} to {high:g}, got {_extremes(rows)}")
+            least, most = (float(each) for each in rows.detach().aminmax()) if rows.numel() else (low, high)
+            # Written so that NaN is refused too.
+            if not (least >= low - slack and most <= high + slack):
+                raise ValueError(f"{name} must lie in {low:g} to {high:g}, got {_told(least, most)}")
         if self.scale == "log":
             return (rows.clamp(min=low) / low).log() / math.log(high / low)
-        return (rows - low) / (high - low)
+        return rows if (low, high) == (0.0, 1.0) else (rows - low) / (high - low)
 
     def _one_hot(self, name: str, value: Int[Tensor, "*batch"] | float) -> tuple[Tensor, bool]:
         given = torch.as_tensor(value)
@@ -160,8 +163,10 @@ class InputSpec:
             )
         if given.ndim > 1:
             raise ValueError(f"{name} must be one category or (batch,) of them, got {tuple(given.shape)}")
-        if _readable(given) and not bool(((given >= 0) & (given < self.entries)).all()):
-            raise ValueError(f"{name} must lie in 0 to {self.entries - 1}, got {_extremes(given)}")
+        if _readable(given) and given.numel():
+            least, most = (int(each) for each in given.aminmax())
+            if least < 0 or most >= self.entries:
+                raise ValueError(f"{name} must lie in 0 to {self.entries - 1}, got {_told(least, most)}")
         rows = functional.one_hot(given.reshape(-1).long(), self.entries).to(torch.get_default_dtype())
         return rows, given.ndim == 1
 
@@ -186,8 +191,5 @@ def _readable(values: Tensor) -> bool:
     )
 
 
-def _extremes(values: Tensor) -> str:
-    if values.isnan().any():
-        return "nan"
-    low, high = float(values.min()), float(values.max())
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+def _told(least: float, most: float) -> str:
+    return f"{least:g}" if least == most or least != least else f"{least:g} to {most:g}"

@@ -245,7 +245,7 @@ class HyperNetwork(nn.Module):
         if len(set(counts.values())) > 1:
             told = ", ".join(f"{name}: {count}" for name, count in counts.items())
             raise ValueError(f"inputs must come in batches of one size, got {told}")
-        like = next(self.parameters())
+        like = next(self.head.parameters())
         parts = []
         if reals:
             joined = torch.cat(_same_length(reals, counts), -1) if len(reals) > 1 else reals[0]

@@ -64,6 +64,8 @@ def aliases_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[
             raise ValueError(f"only parameters can be predicted; {name} is {kind}")
         if own != tuple(shape):
             raise ValueError(f"{name} must be of shape {own}, got {tuple(shape)}")
+        if twice := set(aliases) & set(found):
+            raise ValueError(f"{name} is tied to {twice.pop()}: it must be predicted once")
         found[name] = (name, *(alias for alias in aliases if alias != name))
     return found
 

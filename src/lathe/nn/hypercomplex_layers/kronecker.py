@@ -8,12 +8,13 @@ A is (m, n, n), F is (m, s/n, d/n, *kernel), H is (s, d, *kernel) with
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from lathe.core.precision import at_least_float32, without_autocast
 
 __all__ = ["KroneckerFit", "kronecker_singular_values", "kronecker_sum", "nearest_kronecker_sum"]
 
@@ -46,23 +47,6 @@ def kronecker_sum(
         blocks = torch.bmm(A.to(wide).flatten(1).T.expand(p, -1, -1), F.to(wide).flatten(2).transpose(0, 1))
     weight = blocks.unflatten(1, (rows, columns)).transpose(0, 1)
     return weight.reshape(rows * p, columns * q, *kernel).to(dtype)
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The type in which products of factors of this type are made."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for a device; false on those that know no autocast (meta)."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Keeps matrix products in the type of their factors; costs nothing where autocast is off."""
-    if autocasts(device):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 @dataclass(frozen=True)

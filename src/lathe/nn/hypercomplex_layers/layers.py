@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lathe.nn.hypercomplex_layers.kronecker import autocasts
+from lathe.core.precision import autocasts
 from lathe.nn.hypercomplex_layers.weight import HypercomplexLayer, Options
 
 __all__ = [

@@ -12,15 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lathe.core.precision import at_least_float32, autocasts, without_autocast
 from lathe.core.shapes import conv_arguments, linear_arguments
 from lathe.nn.hypercomplex_layers.algebras import algebra_tensor
-from lathe.nn.hypercomplex_layers.kronecker import (
-    at_least_float32,
-    autocasts,
-    kronecker_sum,
-    nearest_kronecker_sum,
-    without_autocast,
-)
+from lathe.nn.hypercomplex_layers.kronecker import kronecker_sum, nearest_kronecker_sum
 
 __all__ = ["AlgebraOptions", "HypercomplexLayer", "OnIndivisible", "Options"]
 

@@ -1,0 +1,26 @@
+"""In which type a computation is made, whatever type its inputs and autocast have."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+__all__ = ["at_least_float32", "autocasts", "without_autocast"]
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type in which products of factors of this type are made: float32 for half precision, else the type itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; false on those that know no autocast (meta)."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keeps matrix products in the type of their factors; costs nothing where autocast is off."""
+    if autocasts(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import networkx as nx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -80,6 +81,12 @@ def write_graph(path: Path, **changes) -> Path:
     return path
 
 
+def write_graph6(path: Path) -> Path:
+    graphs = [nx.gnp_random_graph(9, 0.4, seed=seed) for seed in range(3)]
+    path.write_bytes(b"".join(nx.to_graph6_bytes(graph, header=seed == 1) for seed, graph in enumerate(graphs)))
+    return path
+
+
 def write_darcy(path: Path) -> Path:
     save_file({"a": torch.eye(4).byte().expand(3, 4, 4).contiguous(), "u": torch.ones(3, 4, 4)}, path)
     return path
@@ -112,6 +119,7 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable]] = {
     "drawings.zip": (write_drawings, formats.drawn_characters),
     "runs.zip": (write_runs, formats.one_shot_runs),
     "graph.npz": (write_graph, formats.citation_graph),
+    "graphs.g6": (write_graph6, formats.graph6_graphs),
     "darcy.safetensors": (write_darcy, formats.darcy_fields),
     "u.data": (write_ratings, read_ratings),
 }
@@ -150,6 +158,20 @@ def test_a_graph_has_both_directions_and_no_loops(tmp_path):
     assert graph.edges.tolist() == [[0, 1, 1, 3], [1, 0, 3, 1]]
     assert graph.features.tolist() == [[1, 0], [0, 2], [0, 0], [3, 4]]
     assert graph.labels.tolist() == [0, 1, 1, 0] and graph.names == ("p", "q")
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 9, 62, 63, 100])
+def test_graph6_is_read_as_networkx_reads_it(tmp_path, nodes):
+    graphs = [nx.gnp_random_graph(nodes, 0.4, seed=seed) for seed in range(4)]
+    path = tmp_path / "f.g6"
+    path.write_bytes(b"".join(nx.to_graph6_bytes(graph, header=seed % 2 == 0) for seed, graph in enumerate(graphs)))
+    read = formats.graph6_graphs([path])
+    assert len(read) == 4
+    for graph, adjacency in zip(nx.read_graph6(path), read.adjacency):
+        np.testing.assert_array_equal(adjacency, nx.to_numpy_array(graph))
+    path.write_bytes(nx.to_graph6_bytes(graphs[0]) + nx.to_graph6_bytes(nx.path_graph(nodes + 6)))
+    with pytest.raises(ValueError, match=f"not all of {nodes} nodes"):
+        formats.graph6_graphs([path])
 
 
 def test_ratings_are_counted_from_zero(tmp_path):

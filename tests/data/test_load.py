@@ -362,6 +362,9 @@ def test_the_real_files_read_as_they_should(tmp_path, monkeypatch, name):
         ("movielens-100k", "train"): lambda v: v.shape == (943, 1682) and abs(v.values.mean() - 3.52986) < 1e-5,
         ("movielens-small", "train"): lambda v: v.shape == (610, 9724),
         ("tiny-shakespeare", "all"): lambda v: len(v) == 1_115_394 and len(v.characters()[1]) == 65,
+        ("strongly-regular", "sr251256"): lambda v: (
+            v.adjacency.long() @ v.adjacency.long() == 6 + 6 * torch.eye(25) - v.adjacency
+        ).all(),
         ("ptb", "test"): lambda v: len(v.words()[0]) == 82_430,
         ("wikitext-2", "valid"): lambda v: len(v.words()[0]) == 217_646,
         ("lego", "train"): lambda v: abs(v.focal * 8 - 1111.111) < 0.01 and v.images.shape == (87, 4, 100, 100),

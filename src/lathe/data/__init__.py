@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from lathe.data.kinds import Fields, Graph, Images, OneShot, Ratings, Text, Views
+from lathe.data.kinds import Fields, Graph, Graphs, Images, OneShot, Ratings, Text, Views
 from lathe.data.store import DataUnavailable, get, listing, load, names, where
 
 __all__ = [
     "DataUnavailable",
     "Fields",
     "Graph",
+    "Graphs",
     "Images",
     "OneShot",
     "Ratings",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lathe.data.download import checked_members
-from lathe.data.kinds import Fields, Graph, Images, OneShot, Ratings, Text, Views
+from lathe.data.kinds import Fields, Graph, Graphs, Images, OneShot, Ratings, Text, Views
 
 __all__ = [
     "bundled_digits",
@@ -30,6 +30,7 @@ __all__ = [
     "citation_graph",
     "darcy_fields",
     "drawn_characters",
+    "graph6_graphs",
     "one_shot_runs",
     "parquet_images",
     "photographs",
@@ -203,6 +204,35 @@ def citation_graph(files: Sequence[Path]) -> Graph:
     edges = np.stack([links.row[keep][order], links.col[keep][order]]).astype(np.int64)
     features = np.ascontiguousarray(words.toarray(), dtype=np.float32)
     return Graph(torch.from_numpy(features), torch.from_numpy(edges), torch.from_numpy(labels), names)
+
+
+@_clearly
+def graph6_graphs(files: Sequence[Path]) -> Graphs:
+    """Graphs in McKay's graph6 format, one a line, each of as many nodes as the first; headers are passed over."""
+    (file,) = files
+    lines = [line.removeprefix(b">>graph6<<") for line in file.read_bytes().splitlines() if line]
+    if not lines:
+        raise ValueError("it holds no graphs")
+    nodes, start = lines[0][0] - 63, 1
+    if nodes == 63:  # more than 62 nodes: their number stands in the next 18 bits
+        if len(lines[0]) < 4 or lines[0][1] == 126:
+            raise ValueError("its first graph has more than 258,047 nodes, or is cut off")
+        nodes, start = sum((lines[0][1 + i] - 63) << (12 - 6 * i) for i in range(3)), 4
+    bits = nodes * (nodes - 1) // 2
+    length = start + -(-bits // 6)
+    if nodes < 1 or len(lines) * nodes * nodes > _MEMORY:
+        raise ValueError(f"it holds {len(lines)} graphs of {nodes} nodes")
+    if any(len(line) != length or line[:start] != lines[0][:start] for line in lines):
+        raise ValueError(f"its graphs are not all of {nodes} nodes and {length} bytes")
+    codes = np.frombuffer(b"".join(lines), dtype=np.uint8).reshape(len(lines), length)[:, start:]
+    if codes.size and not (codes.min() >= 63 and codes.max() <= 126):
+        raise ValueError("it holds bytes that are no graph6")
+    # Six bits a byte, the upper triangle column by column; padded with zeros.
+    entries = np.unpackbits((codes - 63)[..., None], axis=2)[..., 2:].reshape(len(lines), -1)
+    columns, rows = np.tril_indices(nodes, -1)
+    adjacency = np.zeros((len(lines), nodes, nodes), dtype=np.uint8)
+    adjacency[:, rows, columns] = adjacency[:, columns, rows] = entries[:, :bits]
+    return Graphs(torch.from_numpy(adjacency))
 
 
 @_clearly

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
-__all__ = ["Fields", "Graph", "Images", "OneShot", "Ratings", "Text", "Views"]
+__all__ = ["Fields", "Graph", "Graphs", "Images", "OneShot", "Ratings", "Text", "Views"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,16 @@ class Graph:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Simple undirected graphs on equally many nodes: symmetric 0/1 matrices with zeros on the diagonal."""
+
+    adjacency: UInt8[Tensor, "count nodes nodes"]
+
+    def __len__(self) -> int:
+        return len(self.adjacency)
 
 
 @dataclass(frozen=True)

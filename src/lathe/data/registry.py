@@ -128,6 +128,7 @@ _MNIST = partial(_hub, "ylecun/mnist", "77f3279092a1c1579b2250db8eafed0ad422088c
 _CIFAR = partial(_hub, "uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2")
 _OMNIGLOT = partial(_github, "brendenlake/omniglot", "057f034baf2ecb8530bc5710e5a23584d2a519cc")
 _GRAPHS = partial(_github, "shchur/gnn-benchmark", "1e72912a0810cdf27ae54fd589a3b43358a2b161")
+_REGULAR = partial(_github, "omri1348/Equivariant-Polynomaials", "8262feb38ced2ba589d1aab338112c9d26bebbd3")
 _OPERATORS = partial(_github, "neuraloperator/neuraloperator", "93d3f0633e048c915004cd782cb339acf06e1157")
 
 
@@ -138,6 +139,11 @@ def _omniglot(file: str, size: int, sha256: str) -> Source:
 def _citations(file: str, nodes: int, size: int, sha256: str) -> dict[str, Split]:
     source = _GRAPHS(f"data/npz/{file}", f"gnn-benchmark/{file}", size, f"sha256:{sha256}")
     return {"train": Split((source,), count=nodes)}
+
+
+def _strongly_regular(file: str, count: int, size: int, sha256: str) -> Split:
+    source = _REGULAR(f"data/SR/raw/{file}.g6", f"strongly-regular/{file}.g6", size, f"sha256:{sha256}")
+    return Split((source,), count=count)
 
 
 def _fields(set_name: str, file: str, count: int, size: int, sha256: str) -> Split:
@@ -375,6 +381,26 @@ _ALL = (
         splits=_citations(
             "citeseer.npz", 3_312, 1_348_784, "280278b21b434c047922e8389518861416fb3ad39389c27865ff0e6bbb0aaab7"
         ),
+    ),
+    DataSet(
+        "strongly-regular",
+        "4,361 strongly regular graphs; a split is a family: sr251256 has the 15 with parameters (25, 12, 5, 6)",
+        "public tables (Brouwer, Spence)",
+        read=formats.graph6_graphs,
+        splits={
+            family: _strongly_regular(family, count, size, sha256)
+            for family, count, size, sha256 in (
+                ("sr16622", 2, 64, "2e258d3499c8e0f4bf1a9b98edb8bb5956bca794a0c07787d5227121044c50c1"),
+                ("sr251256", 15, 780, "f55f86eb48cd61c3315c62341cc3a8c59289c58504edb3ab859d7ef2068b9aa4"),
+                ("sr261034", 10, 570, "f0b4b4ad4507835703444c0f0990733e2f7cc31524cf91d04ba4a109f1fd52ac"),
+                ("sr281264", 4, 260, "3859424c3e8facd4d3be701ff91fe38d5c43c7b7c1c0562a5d912b096a7ed2aa"),
+                ("sr291467", 41, 2_870, "ea303aa60f98f01e6cc619884cd7d5716bfc00c38b7feaee080c7ff312781625"),
+                ("sr351668", 3854, 393_108, "1d5010ad4da362b1ba600abf02e9abfef9c4204226bcaf01db4926c71c4265b9"),
+                ("sr351899", 227, 23_154, "a63871afc7e8a3a0d390d705c38a40ecc58e22563dcec8fafc9ea2879a361eb7"),
+                ("sr361446", 180, 19_260, "f47de3ca58e807e9edbd13002ce3e71ed3ab813aa1517f8babde7dd0ab075854"),
+                ("sr401224", 28, 3_696, "b899979459e6304bfff848d112d0ac8d738c837e5e21dc6e9d310a386aee8be6"),
+            )
+        },
     ),
     DataSet(
         "darcy",

@@ -52,7 +52,7 @@ def load(name: str, split: str = "train", *, resolution: int | None = None, down
         download: False takes only what is on this machine.
 
     Returns:
-        Images, OneShot, Text, Ratings, Graph, Fields or Views.
+        Images, OneShot, Text, Ratings, Graph, Graphs, Fields or Views.
 
     Raises:
         ValueError: for a name, split or resolution that there is not.

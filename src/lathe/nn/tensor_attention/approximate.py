@@ -37,7 +37,9 @@ from lathe.nn.tensor_attention.polynomials import (
 
 __all__ = ["PolyPlan", "approximate", "plan_poly", "remade"]
 
-_CHUNK = 2**21  # numbers in the largest intermediate of one step
+# Numbers in the largest intermediate of one step: on CPUs it should stay in the caches.
+_CHUNK = {"cpu": 2**18}
+_CHUNK_ELSEWHERE = 2**24
 _LARGEST_RANK = 10**6
 _ROUNDING = 1e-6  # of inputs that are as large as their bound says, in float32
 
@@ -159,7 +161,8 @@ def approximate(
     # Where logits are low, terms cancel: a rounding of the largest term is e^(2 R) roundings of the smallest weight.
     # And running sums that rows leave again gather roundings.
     rounding = math.exp(min(2.0 * plan.radius, 700.0)) * torch.finfo(q.dtype).eps
-    wide = torch.float64 if rounding > 0.1 * plan.relative_error or lookback is not None else q.dtype
+    leaving = lookback is not None and any(back is not None for back in lookback)
+    wide = torch.float64 if leaving or rounding > 0.1 * plan.relative_error else q.dtype
     weights = poly_weights(plan.radius, plan.degree, plan.kind, q.shape[-1]).to(device=q.device, dtype=wide)
     with_one = [torch.cat([v, torch.ones_like(v[..., :1])], -1) for v in vs]
     factors = [None if bias is None else bias.squeeze(1).exp() for bias in biases]
@@ -180,6 +183,11 @@ def _transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).mT.contiguous()
 
 
+def _rows_at_a_time(numbers: int, device: torch.device) -> int:
+    """How many rows of so many numbers each make one step."""
+    return max(1, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // max(1, numbers))
+
+
 def remade(function: Callable[..., Any], *arguments: Any, random: bool = False) -> Any:
     """Calls the function; a backward pass calls it again in place of keeping what it made on the way."""
     if torch.is_grad_enabled():
@@ -189,7 +197,7 @@ def remade(function: Callable[..., Any], *arguments: Any, random: bool = False) 
 
 def _over_all(inputs: list[Tensor], values: list[Tensor], weights: Tensor, g: int) -> Tensor:
     """(B, n, v + 1): every query against the same state, the product of one (r, v + 1) matrix for each key matrix."""
-    step = max(1, _CHUNK // max(1, len(inputs[0]) * len(weights)))
+    step = _rows_at_a_time(len(inputs[0]) * len(weights), weights.device)
 
     def summed(x: Tensor, value: Tensor) -> Tensor:
         return torch.bmm(monomial_rows(x, g), value)
@@ -217,7 +225,7 @@ def _running(
     q, *keys = inputs
     B, _, n = q.shape
     r, width = len(weights), values[0].shape[-1]
-    step = max(1, _CHUNK // max(1, B * r * width))
+    step = _rows_at_a_time(B * r * width, weights.device)
     # Rows that leave at step i are row i - window: the same rows, later.
     left: list[tuple[Tensor, Tensor] | None] = []
     for key, value, back in zip(keys, values, lookback):

@@ -86,6 +86,17 @@ class TestInputSpec:
         assert spec.rows("gamma", 1e9)[0].item() == 1.0
         assert spec.rows("gamma", -1e9)[0].item() == 0.0
 
+    def test_ranks_of_values_that_occur_often_stay_ranks(self):
+        spec = InputSpec.ranked(torch.cat([torch.zeros(50), torch.linspace(0, 1, 50)]), quantiles=101)
+        half, later = (float(spec.rows("gamma", value)[0]) for value in (1e-6, 0.5))
+        assert float(spec.rows("gamma", 0.0)[0]) == 0.0
+        assert half == pytest.approx(0.5, abs=0.02)
+        assert later == pytest.approx(0.75, abs=0.02)
+
+    def test_numbers_are_as_exact_as_the_weights(self):
+        hyper = HyperNetwork(1, {"w": (3,)}, dtype=F64)
+        assert torch.equal(hyper.flat(gamma=0.3), hyper.flat(gamma=torch.tensor([0.3], dtype=F64)))
+
     def test_categories_become_one_hot_vectors_next_to_the_encoded_rest(self):
         hyper = HyperNetwork({"kind": InputSpec(3, kind="categorical"), "amount": 1}, {"w": (2,)}, hidden=())
         seen = []
@@ -103,7 +114,8 @@ class TestInputSpec:
             ({"scale": "rank"}, "quantiles belong to scale 'rank', got 0"),
             ({"scale": "cubic"}, "scale must be 'linear'.*got 'cubic'"),
             ({"kind": "text"}, "kind must be 'real' or 'categorical', got 'text'"),
-            ({"scale": "rank", "quantiles": (1.0, 1.0)}, "quantiles must be at least two numbers that ascend"),
+            ({"scale": "rank", "quantiles": (1.0, 1.0)}, "quantiles must ascend from a smallest to a larger number"),
+            ({"scale": "rank", "quantiles": (1.0, 0.0, 2.0)}, "quantiles must ascend"),
         ]:
             with pytest.raises(ValueError, match=told):
                 InputSpec(**wrong)

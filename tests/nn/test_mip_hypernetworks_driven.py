@@ -127,6 +127,25 @@ class TestAnyNetwork:
             expected = logits(fixed(x))
         torch.testing.assert_close(logits(torch.export.export(fixed, (x,)).module()(x)), expected, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("options", [{"adapter_rank": 1}, {"head_chunk": 1 << 14}], ids=str)
+    def test_a_resnet18_of_eleven_million_weights_is_driven_by_a_small_hypernetwork(self, options):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.ResNetConfig(
+            embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=10
+        )
+        net, x = transformers.ResNetForImageClassification(config).eval(), torch.randn(2, 3, 64, 64)
+        driven = hypernetize(net, hidden=(16, 32), **options)
+        theta = sum(weight.numel() for weight in driven.theta0().values())
+        assert theta > 11_000_000
+        assert sum(p.numel() for p in driven.hyper.parameters()) - theta < 0.3 * theta
+        y = driven(x, gamma=0.5).logits
+        y.square().mean().backward()
+        assert all(p.grad is not None for p in driven.parameters())
+        with torch.no_grad():
+            torch.testing.assert_close(driven.at(gamma=0.5)(x).logits, y, atol=1e-4, rtol=1e-4)
+            driven.hyper.scale("*", 0.0, theta0=False)
+            assert torch.equal(driven(x, gamma=0.5).logits, net(x).logits)
+
     def test_recurrent_networks_are_driven_too_one_gamma_or_many(self):
         class Tagger(nn.Module):
             def __init__(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -86,10 +87,10 @@ class InputSpec:
             raise ValueError(f"low must be positive on a log scale, got {self.low}")
         if (self.scale == "rank") != bool(self.quantiles):
             raise ValueError(f"quantiles belong to scale 'rank', got {len(self.quantiles)} with scale {self.scale!r}")
-        if self.quantiles and (
-            len(self.quantiles) < 2 or any(not a < b for a, b in zip(self.quantiles, self.quantiles[1:]))
+        if self.quantiles and not (
+            self.quantiles[0] < self.quantiles[-1] and all(a <= b for a, b in pairwise(self.quantiles))
         ):
-            raise ValueError("quantiles must be at least two numbers that ascend, see InputSpec.ranked")
+            raise ValueError("quantiles must ascend from a smallest to a larger number, see InputSpec.ranked")
 
     @classmethod
     def ranked(
@@ -97,7 +98,7 @@ class InputSpec:
     ) -> InputSpec:
         """For values of any range and distribution: each becomes its rank among `samples`, linear in between."""
         values = torch.as_tensor(samples, dtype=torch.float64).flatten()
-        points = torch.quantile(values, torch.linspace(0, 1, quantiles, dtype=torch.float64)).unique()
+        points = torch.quantile(values, torch.linspace(0, 1, quantiles, dtype=torch.float64))
         return cls(size, scale="rank", quantiles=tuple(points.tolist()))
 
     @property
@@ -118,7 +119,7 @@ class InputSpec:
         """
         if self.kind == "categorical":
             return self._one_hot(name, value)
-        given = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.get_default_dtype())
+        given = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
         if not given.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor or a number, got {given.dtype}")
         if given.shape == self.shape or (given.ndim == 0 and self.entries == 1):
@@ -139,10 +140,11 @@ class InputSpec:
         if self.scale == "sigmoid":
             return torch.sigmoid((2.0 * (rows - low) / (high - low) - 1.0) * math.log(3.0))
         if self.scale == "rank":
-            points = torch.tensor(self.quantiles, dtype=rows.dtype, device=rows.device)
-            above = torch.searchsorted(points, rows.detach().contiguous()).clamp(1, len(points) - 1)
-            part = (rows - points[above - 1]) / (points[above] - points[above - 1])
-            return (above - 1 + part.clamp(0.0, 1.0)) / (len(points) - 1)
+            points = torch.tensor(self.quantiles, dtype=torch.float64, device=rows.device)
+            above = torch.searchsorted(points, rows.detach().double().contiguous()).clamp(1, len(points) - 1)
+            width = points[above] - points[above - 1]
+            part = torch.where(width > 0, (rows - points[above - 1]) / width, 0.0)
+            return ((above - 1 + part.clamp(0.0, 1.0)) / (len(points) - 1)).to(rows.dtype)
         if clamp:
             rows = rows.clamp(low, high)
         elif _readable(rows):

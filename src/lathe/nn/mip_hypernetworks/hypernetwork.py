@@ -114,10 +114,10 @@ class HyperNetwork(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws all weights anew.
 
-        Hidden layers are Kaiming normal by fan_out, heads fan_out a tensor (`lathe.nn.mip_hypernetworks.heads`), and
-        theta_0 as in `reset_theta0`, with 1 for vectors named "weight", the scales of a normalisation. With two hidden
-        layers or less in float32, the changes of a tensor of m entries then start with a standard deviation of
-        sqrt(d / m) for d real inputs under "mip".
+        Hidden layers are Kaiming normal by fan_out for a LeakyReLU, heads by fan_out tensor by tensor (see
+        `lathe.nn.mip_hypernetworks.heads`), and theta_0 as in `reset_theta0`, with 1 for vectors named "weight", the
+        scales of a normalisation. For d real inputs under "mip" and LeakyReLUs, the changes of a tensor of m entries
+        then start with a standard deviation of sqrt(d / m).
         """
         for module in self.trunk:
             if isinstance(module, nn.Linear):
@@ -248,8 +248,10 @@ class HyperNetwork(nn.Module):
         like = next(self.head.parameters())
         parts = []
         if reals:
+            if len({rows.device for rows in reals}) > 1:
+                reals = [rows.to(like.device) for rows in reals]
             joined = torch.cat(_same_length(reals, counts), -1) if len(reals) > 1 else reals[0]
-            parts.append(encode(joined.to(like.device), self.encoding, frequencies=self.frequencies))
+            parts.append(encode(joined, self.encoding, frequencies=self.frequencies))
         parts = [part.to(like.device, like.dtype) for part in _same_length([*parts, *categories], counts)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1), bool(counts)
 

@@ -53,7 +53,7 @@ def aliases_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[
             if parameter is not None:
                 names.setdefault(id(parameter), []).append(f"{prefix}.{key}" if prefix else key)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for name, shape in shapes.items():
         if name in parameters:
             own, aliases = tuple(parameters[name].shape), names[id(parameters[name])]

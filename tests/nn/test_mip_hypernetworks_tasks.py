@@ -183,6 +183,9 @@ class TestHyperMorph:
         model = HyperMorph2d(Own(), flow="last.*", integration_steps=0, pretrained=False)
         x = torch.rand(1, 1, 5, 5)
         assert model(x, x, gamma=0.0).flow.shape == (1, 2, 5, 5)
+        assert float(model(x, x, gamma=0.0).flow.detach().abs().max()) < 0.01
+        with pytest.raises(ValueError, match=r"flow must match predicted tensors \(last.weight, .*got 'flow\.\*'"):
+            HyperMorph2d(Own())
         with pytest.raises(ValueError, match=r"widths must name two levels at least, got \(8,\)"):
             RegistrationUNet(widths=(8,))
 

@@ -134,10 +134,14 @@ class HyperMorph2d(nn.Module):
 
     Args:
         network: takes moving and fixed image, gives a velocity; a `RegistrationUNet` where none is given.
-        flow: glob of the tensors of its last layer, whose predicted changes start as near zero as a `RegistrationUNet`
-            has that layer itself: else training starts from a random warp. None leaves them as they are.
+        flow: glob of the tensors of its last layer, whose predicted changes (and theta_0, where it is drawn anew by
+            `pretrained=False`) start as near zero as a `RegistrationUNet` has that layer itself: else training starts
+            from a random warp. None leaves them as they are.
         integration_steps: see `integrate`; 0 takes the network's output for the flow itself.
         select, hyper: as in `hypernetize`.
+
+    Raises:
+        ValueError: where `flow` matches no predicted tensor, and as `hypernetize`.
     """
 
     def __init__(
@@ -152,11 +156,14 @@ class HyperMorph2d(nn.Module):
         super().__init__()
         self.driven: HyperDriven = hypernetize(RegistrationUNet() if network is None else network, select, **hyper)
         self.integration_steps = integration_steps
-        hyper_network = self.driven.hyper
-        for name, shape in hyper_network.shapes.items():
-            if flow is not None and fnmatchcase(name, flow):
-                # A head's rows start with a deviation of 1 / sqrt(entries); these with that of the network's own layer.
-                hyper_network.scale(name, _STANDSTILL * math.sqrt(math.prod(shape)), theta0=False)
+        shapes = self.driven.hyper.shapes
+        last = [name for name in shapes if flow is not None and fnmatchcase(name, flow)]
+        if flow is not None and not last:
+            raise ValueError(f"flow must match predicted tensors ({', '.join(shapes)}), got {flow!r}")
+        for name in last:
+            # A head's rows start with a deviation of 1 / sqrt(entries); these with that of the network's own layer.
+            factor = _STANDSTILL * math.sqrt(math.prod(shapes[name]))
+            self.driven.hyper.scale(name, factor, theta0=not hyper.get("pretrained", True))
 
     def forward(
         self,

@@ -181,3 +181,15 @@ def test_bad_input_is_named():
         measure(nn.ReLU(), torch.zeros(1), repeats=0)
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         measure(nn.ReLU(), torch.zeros(1), batch=0)
+
+
+def test_a_view_of_a_parameter_may_go_into_a_module():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.question, self.layer = nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return x @ self.layer(self.question.expand(2, -1)).mT
+
+    assert measure(Asks(), torch.randn(5, 3), repeats=1).flops == 2 * (2 * 4 * 3 + 5 * 3 * 2)

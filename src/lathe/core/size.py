@@ -226,6 +226,7 @@ def _inverse_real_fft(shape, axes, *_, out_shape, **__) -> int:
 
 def _flops(model: nn.Module, example: Any) -> tuple[int, tuple[str, ...]]:
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    counter.mod_tracker = _Untracked()  # type: ignore[assignment]
     names = _CustomOperators()
     # The fused inference path of nn.MultiheadAttention has no formula.
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -236,6 +237,16 @@ def _flops(model: nn.Module, example: Any) -> tuple[int, tuple[str, ...]]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops(), tuple(sorted(names.unknown))
+
+
+class _Untracked:
+    """In the place of the counter's tracker of modules, which breaks on a view of a parameter made without gradients."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self) -> None: ...
 
 
 class _CustomOperators(TorchDispatchMode):

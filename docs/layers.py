@@ -51,8 +51,13 @@ class Row:
 
 def rows() -> list[Row]:
     """The table, in the order in which it is shown."""
+    from lathe.nn import hyper_zzw
+    from lathe.nn.equivariant_tensor_products import ClebschGordanProduct, GauntProduct, MatrixProduct
     from lathe.nn.evonorm import EvoNormB0, EvoNormS0
     from lathe.nn.hypercomplex_layers import PHConv2d, PHLinear
+    from lathe.nn.pointer_networks import SpanPointer
+    from lathe.nn.scalable_kernels import SNNKConv1x1, SNNKLinear
+    from lathe.nn.tensor_attention import HigherOrderAttention
     from lathe.operators.multigrid_operator import MultigridConv2d
 
     def norm_relu() -> nn.Module:
@@ -70,6 +75,21 @@ def rows() -> list[Row]:
     def tokens() -> Tensor:
         return torch.randn(128, 256)
 
+    def attention() -> nn.Module:
+        return nn.MultiheadAttention(64, 4, batch_first=True)
+
+    def sequences() -> tuple[Tensor, ...]:
+        return (torch.randn(4, 64, 64),) * 3
+
+    def irreps() -> tuple[Tensor, ...]:
+        return torch.randn(256, 16 * 16), torch.randn(256, 16 * 16)
+
+    def tensor_product() -> nn.Module:
+        from e3nn import o3
+
+        features = o3.Irreps("16x0e + 16x1o + 16x2e + 16x3o")
+        return o3.FullyConnectedTensorProduct(features, features, features)
+
     return [
         Row("EvoNormB0", "BatchNorm2d, ReLU", "evonorm", "nearly",
             "without training further; where BatchNorm is folded into a convolution",
@@ -86,6 +106,35 @@ def rows() -> list[Row]:
         Row("MultigridConv2d (2 levels)", "Conv2d, stride 1", "multigrid-operator", "exactly",
             "to save anything: it buys a whole-image receptive field; grids too small to halve",
             conv, lambda old: MultigridConv2d.from_trained(old, levels=2), image(16)),
+        Row("HigherOrderAttention (order 3)", "MultiheadAttention", "tensor-attention", "exactly",
+            "long sequences without a window or the polynomial: exact cost grows as n³",
+            attention, lambda old: HigherOrderAttention.like(old, order=3), sequences),
+        Row("SNNKLinear (m = 64)", "Linear, activation", "scalable-kernels", "nearly",
+            "to save time; where a low-rank layer of as many parameters does as well: compare",
+            lambda: nn.Sequential(linear(), nn.ReLU()), lambda old: SNNKLinear.like(old[0], num_features=64), tokens),
+        Row("SNNKConv1x1 (m = 16)", "Conv2d 1 x 1, activation", "scalable-kernels", "nearly",
+            "kernels larger than 1 x 1, which it leaves alone",
+            lambda: nn.Sequential(nn.Conv2d(64, 64, 1), nn.ReLU()),
+            lambda old: SNNKConv1x1.like(old[0], num_features=16), image(16)),
+        Row("HyperConv2d (image-sized kernel)", "Conv2d, stride 1", "hyper-zzw", "nearly",
+            "to save time; dense kernels of a few pixels that are far from separable",
+            conv, lambda old: hyper_zzw.HyperConv2d.like(old, kernel_size=31), image(16)),
+        Row("GroupInstanceBatchStd", "BatchNorm2d", "hyper-zzw", "no",
+            "single samples, unless running=True",
+            lambda: nn.BatchNorm2d(48), lambda old: hyper_zzw.GroupInstanceBatchStd.like(old),
+            lambda: torch.randn(32, 48, 32, 32)),
+        Row("SpanPointer", "Linear (hidden -> 2) of a question-answering head", "pointer-networks", "no",
+            "where start and end do not depend on each other",
+            lambda: nn.Linear(256, 2), lambda old: SpanPointer.like(old), lambda: torch.randn(16, 64, 256)),
+        Row("ClebschGordanProduct", "e3nn TensorProduct", "equivariant-tensor-products", "exactly",
+            "where a cheaper product can express the interaction (`cheapest_product` tells)",
+            tensor_product, ClebschGordanProduct.from_trained, irreps),
+        Row("GauntProduct", "e3nn TensorProduct", "equivariant-tensor-products", "nearly",
+            "interactions of odd degree sum, such as cross products, which it cannot make",
+            tensor_product, lambda old: GauntProduct.like(old, lost="ignore"), irreps),
+        Row("MatrixProduct", "e3nn TensorProduct", "equivariant-tensor-products", "nearly",
+            "parity: it makes all couplings of degrees with shared weights",
+            tensor_product, lambda old: MatrixProduct.like(old, lost="ignore"), irreps),
     ]  # fmt: skip
 
 

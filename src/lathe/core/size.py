@@ -240,7 +240,7 @@ def _flops(model: nn.Module, example: Any) -> tuple[int, tuple[str, ...]]:
 
 
 class _Untracked:
-    """In the place of the counter's tracker of modules, which breaks on a view of a parameter made without gradients."""
+    """In the place of the tracker of modules, which breaks on a view of a parameter that was made without gradients."""
 
     parents = ("Global",)
 

@@ -21,6 +21,7 @@ from lathe.data.tours import (
     batches,
     canonical_tour,
     convex_hull,
+    counter_clockwise,
     delaunay,
     nearest_neighbour,
     pad_problems,
@@ -208,11 +209,23 @@ def test_a_canonical_tour_does_not_depend_on_start_and_direction():
     assert torch.equal(canonical_tour(tours.flip(1)), expected)
 
 
+def test_counter_clockwise_tours_turn_left_on_the_whole():
+    points = uniform(20, 7)
+    tours = tsp(points, direction="counter_clockwise")
+    assert torch.equal(canonical_tour(tours), tsp(points))
+    assert torch.equal(counter_clockwise(points, canonical_tour(tours.flip(1))), tours)
+    for cities, tour in zip(points, tours):
+        turn = torch.view_as_complex(cities[tour].roll(-1, 0) - cities[tour])
+        assert float((turn.roll(-1) / turn).angle().sum()) == pytest.approx(2 * np.pi)  # optimal tours do not cross
+
+
 def test_what_no_tour_can_be_made_of_is_refused(shape_checks_off):
     with pytest.raises(ValueError, match="up to 20 cities, got 21"):
         tsp(torch.rand(1, 21, 2))
     with pytest.raises(ValueError, match="method must be"):
         tsp(torch.rand(1, 5, 2), "lkh")
+    with pytest.raises(ValueError, match="direction must be"):
+        tsp(torch.rand(1, 5, 2), direction="clockwise")
     with pytest.raises(ValueError, match="permutations of 4 cities"):
         two_opt(torch.rand(1, 4, 2), torch.tensor([[0, 1, 1, 2]]))
 

@@ -114,19 +114,33 @@ def test_masked_items_get_no_probability_and_no_gradient():
     assert (memory.grad[0, 3:] == 0).all()
 
 
-def test_slices_of_a_large_attention_change_neither_values_nor_gradients(monkeypatch):
-    parts = [torch.randn(2, 9, 5), torch.randn(2, 4, 5), torch.randn(5)]
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("largest", [1, 2 * 4 * 5, 9 * 4 * 5, 10**9])
+def test_slices_of_an_attention_change_neither_values_nor_gradients(monkeypatch, largest, scale):
+    """Also where arguments are so large that exponentials of theirs could overflow."""
+    parts = [scale * torch.randn(2, 9, 5), -scale * torch.randn(2, 4, 5), torch.randn(5)]
     parts = [part.double().requires_grad_() for part in parts]
-    whole = additive_scores(*parts)
+    whole = (parts[0][:, :, None] + parts[1][:, None]).tanh() @ parts[2]
     weight = torch.randn_like(whole)
     expected = torch.autograd.grad((whole * weight).sum(), parts)
-    monkeypatch.setattr(attention_file, "_LARGEST", 2 * 2 * 4 * 5)
-    with torch.no_grad():
-        torch.testing.assert_close(additive_scores(*parts), whole)
+    monkeypatch.setattr(attention_file, "_CACHED", largest)
     sliced = additive_scores(*parts)
-    torch.testing.assert_close(sliced, whole)
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-12)
     for found, gradient in zip(torch.autograd.grad((sliced * weight).sum(), parts), expected):
-        torch.testing.assert_close(found, gradient)
+        torch.testing.assert_close(found, gradient, rtol=0, atol=1e-12)
+    assert torch.autograd.gradgradcheck(
+        additive_scores,
+        [part.detach()[..., :2, :].clone().requires_grad_() if part.ndim == 3 else part for part in parts],
+        fast_mode=True,
+    )
+
+
+def test_float32_logits_are_as_good_as_those_of_tanh():
+    parts = [torch.randn(4, 6, 256), torch.randn(4, 7, 256), torch.randn(256) / 16]
+    exact = additive_scores(*(part.double() for part in parts))
+    plain = (parts[0][:, :, None] + parts[1][:, None]).tanh() @ parts[2]
+    error, usual = (float((found - exact).abs().max()) for found in (additive_scores(*parts), plain))
+    assert error < max(4 * usual, 1e-6)
 
 
 def test_an_attention_refuses_what_does_not_fit(shape_checks_off):
@@ -305,7 +319,7 @@ def test_decoded_sequences_have_the_probability_that_decoding_says(name, strateg
     net, points = NETWORKS[name](), uniform(3, 4)
     found = net.decode(points, strategy=strategy, beam=5, samples=4, generator=torch.Generator().manual_seed(1))
     K = found.sequences.shape[1]
-    assert K == {"greedy": 1, "beam": 5, "sample": 4, "stochastic_beam": 5}[strategy]
+    assert {"greedy": 1, "beam": 5, "sample": 4, "stochastic_beam": 5}[strategy] == K
     rows = points.repeat_interleave(K, 0)
     expected = net.log_prob(rows, found.sequences.flatten(0, 1)).view(3, K).detach()
     torch.testing.assert_close(found.log_probs, expected, rtol=0, atol=1e-6)
@@ -563,7 +577,7 @@ def test_reinforce_shortens_tours_without_labels():
 
 
 def test_a_span_pointer_learns_where_a_span_begins_and_ends():
-    """Spans of marked items in noise, behind a Transformer encoder; the end depends on the start where two are marked."""
+    """Marked items in noise, behind a Transformer encoder."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     encoder, head = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), SpanPointer(16)

@@ -6,7 +6,7 @@ Labels are sequences of indices into the points, as pointer networks learn them 
 
 from lathe.data.tours.datasets import DelaunayDataset, HullDataset, PointDataset, TSPDataset, batches, pad_problems
 from lathe.data.tours.geometry import IGNORED, convex_hull, delaunay
-from lathe.data.tours.salesman import canonical_tour, nearest_neighbour, tour_length, tsp, two_opt
+from lathe.data.tours.salesman import canonical_tour, counter_clockwise, nearest_neighbour, tour_length, tsp, two_opt
 
 __all__ = [
     "IGNORED",
@@ -17,6 +17,7 @@ __all__ = [
     "batches",
     "canonical_tour",
     "convex_hull",
+    "counter_clockwise",
     "delaunay",
     "nearest_neighbour",
     "pad_problems",

@@ -109,10 +109,11 @@ class TSPDataset(PointDataset):
         n: int | tuple[int, int],
         *,
         method: Literal["held_karp", "christofides", "nearest", "two_opt"] = "held_karp",
+        direction: Literal["index", "counter_clockwise"] = "index",
         seed: int = 0,
         workers: int = 0,
     ) -> None:
-        super().__init__(partial(tsp, method=method), size, n, seed=seed, workers=workers)
+        super().__init__(partial(tsp, method=method, direction=direction), size, n, seed=seed, workers=workers)
 
 
 def _lot(label: Label, count: int, n: int, seed: list[int]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lathe.data.tours.geometry import float64_points
 
-__all__ = ["canonical_tour", "nearest_neighbour", "tour_length", "tsp", "two_opt"]
+__all__ = ["canonical_tour", "counter_clockwise", "nearest_neighbour", "tour_length", "tsp", "two_opt"]
 
 # Numbers that one step of dynamic programming works on together: what fits into a core's cache.
 _TOGETHER = 2**18
@@ -25,19 +25,24 @@ _TOGETHER = 2**18
 def tsp(
     points: Float[Tensor, "batch n 2"],
     method: Literal["held_karp", "christofides", "nearest", "two_opt"] = "held_karp",
+    direction: Literal["index", "counter_clockwise"] = "index",
 ) -> Int64[Tensor, "batch n"]:
-    """A tour of each set, in the direction in which the second city has a lower index than the last.
+    """A tour of each set from city 0.
 
     Args:
         method: "held_karp" is optimal, O(2^n n^2), by dynamic programming over subsets from both ends of the tour;
             "christofides" at most 1.5 times as long (NetworkX, one set at a time); "nearest" goes to the nearest city
             not yet visited; "two_opt" starts there and reverses stretches until none shortens the tour.
+        direction: "index" has a second city of lower index than the last; "counter_clockwise" is a function of where
+            the cities lie alone, and is learnt in a fraction of the steps.
 
     Raises:
         ValueError: for an unknown method, points that are not finite, or more than 20 cities for "held_karp".
     """
     xy = float64_points(points)
     n = xy.shape[1]
+    if direction not in ("index", "counter_clockwise"):
+        raise ValueError(f"direction must be 'index' or 'counter_clockwise', got {direction!r}")
     if method == "held_karp":
         if n > 20:
             raise ValueError(f"method 'held_karp' needs memory of order 2^n and takes up to 20 cities, got {n}")
@@ -50,7 +55,8 @@ def tsp(
             tours = _two_opt(xy, tours)
     else:
         raise ValueError(f"method must be 'held_karp', 'christofides', 'nearest' or 'two_opt', got {method!r}")
-    return canonical_tour(torch.from_numpy(tours).to(points.device))
+    found = torch.from_numpy(tours).to(points.device)
+    return canonical_tour(found) if direction == "index" else counter_clockwise(points, found)
 
 
 def nearest_neighbour(points: Float[Tensor, "batch n 2"]) -> Int64[Tensor, "batch n"]:
@@ -83,8 +89,18 @@ def canonical_tour(tours: Int64[Tensor, "batch n"]) -> Int64[Tensor, "batch n"]:
     tours = tours.gather(1, (start + torch.arange(n, device=tours.device)) % n)
     if n < 3:
         return tours
-    backwards = torch.cat([tours[:, :1], tours[:, 1:].flip(1)], 1)
-    return torch.where(tours[:, 1:2] > tours[:, -1:], backwards, tours)
+    return torch.where(tours[:, 1:2] > tours[:, -1:], _reversed(tours), tours)
+
+
+def counter_clockwise(points: Float[Tensor, "batch n 2"], tours: Int64[Tensor, "batch n"]) -> Int64[Tensor, "batch n"]:
+    """The same tours from the same cities, turned so that the area that they enclose is positive."""
+    x, y = points.double().gather(1, tours[..., None].expand(-1, -1, 2)).unbind(2)
+    doubled_area = (x * y.roll(-1, 1) - y * x.roll(-1, 1)).sum(1, keepdim=True)
+    return torch.where(doubled_area < 0, _reversed(tours), tours)
+
+
+def _reversed(tours: Tensor) -> Tensor:
+    return torch.cat([tours[:, :1], tours[:, 1:].flip(1)], 1)
 
 
 def _distances(xy: np.ndarray) -> np.ndarray:

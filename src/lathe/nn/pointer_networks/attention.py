@@ -5,15 +5,20 @@ Legend: B samples, T queries, n items, h hidden units.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 __all__ = ["PointerAttention", "SpanPointer", "additive_scores", "pointer_generator"]
 
-# Above this many numbers, tanh(W1 e + W2 d) is made in slices of the queries, and once more in the backward pass.
-_LARGEST = 2 * 10**7
+# Numbers in a slice of tanh(W1 e + W2 d): what a core's cache holds, and what an accelerator is kept busy by.
+_CACHED, _LARGEST = 2**18, 2 * 10**7
+
+# exp(2 x) exp(2 y) neither overflows nor loses digits in float32 while both are this small.
+_SAFE = 20.0
 
 
 class PointerAttention(nn.Module):
@@ -104,24 +109,70 @@ class PointerAttention(nn.Module):
 def additive_scores(
     query: Float[Tensor, "B T h"], keys: Float[Tensor, "B n h"], v: Float[Tensor, " h"]
 ) -> Float[Tensor, "B T n"]:
-    """`v . tanh(keys + query)` for every pair, and what is kept for the backward pass: one number a pair and unit.
+    """`v . tanh(keys + query)` for every pair, in slices that are made again in the backward pass.
 
-    Where that would be more than 2e7 numbers, slices of the queries are worked on one after the other and made again in
-    the backward pass: memory no longer grows with T.
+    Nothing of size B T n h is ever held. On the CPU a slice fits the cache, and its tanh cost no exponential each: with
+    E = exp(2 query) and F = exp(2 keys), B (T + n) h of them, tanh(query + keys) = 1 - 2 / (1 + E F). Where an
+    argument exceeds 20 in size (E F could overflow), it is the ordinary tanh.
     """
+    v = v.to(query.dtype)
+    if query.is_meta or torch.compiler.is_compiling():
+        return (query[:, :, None] + keys[:, None]).tanh() @ v
+    factored = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and query.numel() > 0
+    if factored and keys.numel():
+        factored = bool(query.detach().abs().amax() <= _SAFE) and bool(keys.detach().abs().amax() <= _SAFE)
+    return _AdditiveScores.apply(query, keys, v, factored)
+
+
+class _AdditiveScores(torch.autograd.Function):
+    """See `additive_scores`; differentiable as often as one likes."""
+
+    @staticmethod
+    def forward(query: Tensor, keys: Tensor, v: Tensor, factored: bool) -> Tensor:
+        scores = query.new_empty(*query.shape[:2], keys.shape[1])
+        for rows, steps, tanh in _tanh_slices(query, keys, factored):
+            scores[rows, steps] = tanh @ v
+        return scores
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.factored = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, keys, v = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted
+            scores = (query[:, :, None] + keys[:, None]).tanh() @ v
+            return (*torch.autograd.grad(scores, (query, keys, v), weight, create_graph=True), None)
+        of_query, of_keys, of_v = torch.zeros_like(query), torch.zeros_like(keys), torch.zeros_like(v)
+        for rows, steps, tanh in _tanh_slices(query, keys, ctx.factored):
+            part = weight[rows, steps]
+            of_v += part.flatten() @ tanh.flatten(0, 2)
+            part = part[..., None]
+            slope = torch.addcmul(part, tanh, tanh * part, value=-1)
+            of_query[rows, steps] = slope.sum(2)
+            of_keys[rows] += slope.sum(1)
+        return of_query.mul_(v), of_keys.mul_(v), of_v, None
+
+
+def _tanh_slices(query: Tensor, keys: Tensor, factored: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    """tanh(query + keys) for some samples and some of their queries at a time."""
     B, T, h = query.shape
     n = keys.shape[1]
-    if B * T * n * h <= _LARGEST:
-        return _scores(query, keys, v)
-    slices = query.split(max(1, _LARGEST // (B * n * h)), 1)
-    if not torch.is_grad_enabled():
-        return torch.cat([_scores(part, keys, v) for part in slices], 1)
-    return torch.cat([checkpoint(_scores, part, keys, v, use_reentrant=False) for part in slices], 1)
-
-
-def _scores(query: Tensor, keys: Tensor, v: Tensor) -> Tensor:
-    # tanh in place: the sum is needed by nobody.
-    return (query[:, :, None] + keys[:, None]).tanh_() @ v
+    largest = _CACHED if query.device.type == "cpu" else _LARGEST
+    many = max(1, largest // max(1, T * n * h))
+    steps = max(1, min(T, largest // max(1, n * h)))
+    if factored:
+        query, keys = (2 * query).exp(), (2 * keys).exp()
+    for row in range(0, B, many):
+        for step in range(0, T, steps):
+            rows, queries = slice(row, row + many), slice(step, step + steps)
+            left, right = query[rows, queries, None], keys[rows, None]
+            if factored:
+                yield rows, queries, torch.rsub((left * right).add_(1).reciprocal_(), 1, alpha=2)
+            else:
+                yield rows, queries, (left + right).tanh_()
 
 
 class SpanPointer(nn.Module):

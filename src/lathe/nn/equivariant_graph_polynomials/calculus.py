@@ -154,7 +154,8 @@ class Dense(Calculus):
         return matrix.sum(-1)
 
     def _apply(self, matrix: Tensor, vector: Tensor) -> Tensor:
-        return (matrix @ vector[..., None])[..., 0]
+        # As a row: with a column, batches of products take four times as long.
+        return (vector[..., None, :] @ matrix.mT)[..., 0, :]
 
     def _product(self, left: Tensor, vector: Tensor | None, right: Tensor) -> Tensor:
         return (left if vector is None else left * vector[..., None, :]) @ right

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conformance import check_compiles, check_layer
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lathe.core.surgery import swap
-from lathe.nn.pointer_networks import PointerAttention, PointerNetwork, SpanPointer
+from lathe.nn.pointer_networks import PointerAttention, PointerNetwork, SpanPointer, pointer_generator
 
 POINTS = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0))
 HIDDEN = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -97,3 +100,44 @@ def test_a_span_pointer_takes_the_place_of_a_span_head(name):
         optimizer.step()
     assert losses[-1] < losses[0]
     assert all(parameter.grad is not None for parameter in net.qa_outputs.parameters())
+
+
+def test_the_worked_examples_of_the_page_run_as_pasted():
+    pytest.importorskip("transformers")
+    page = (Path(__file__).parents[2] / "docs" / "papers" / "pointer-networks.md").read_text(encoding="utf-8")
+    text = page[page.index("### In a text model") : page.index("## When not to use it")]
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        names: dict = {}
+        exec(block, names)
+    assert all(p.grad is not None for name in ("pointer", "gate", "embed") for p in names[name].parameters())
+
+
+def test_a_copying_decoder_learns_to_say_words_that_it_was_never_taught_to_say():
+    """Reverse a sentence: half of the words occur in no sentence of training."""
+    torch.manual_seed(0)
+    words, width = 40, 32
+    place = nn.Embedding(6, width)
+    say, gate = nn.Linear(width, words), nn.Linear(width, 1)
+    layer = nn.TransformerEncoderLayer(width, 2, 64, dropout=0.0, batch_first=True)
+    encoder, pointer = (
+        nn.TransformerEncoder(layer, 1, enable_nested_tensor=False),
+        PointerAttention(width, width, width),
+    )
+    parts = nn.ModuleList([place, say, gate, encoder, pointer])
+    embed = torch.randn(words, width)  # of words known from elsewhere
+    optimizer = torch.optim.Adam(parts.parameters(), 1e-2)
+
+    def log_p(source):
+        memory = encoder(embed[source] + place.weight)
+        query = place.weight.expand(len(source), -1, -1)
+        return pointer_generator(say(query), pointer(query, memory), source, gate(query)[..., 0])
+
+    for _ in range(120):
+        source = torch.randint(0, words // 2, (64, 6))
+        optimizer.zero_grad()
+        functional.nll_loss(log_p(source).flatten(0, 1), source.flip(1).flatten()).backward()
+        optimizer.step()
+    unseen = torch.randint(words // 2, words, (200, 6))
+    assert float((log_p(unseen).argmax(2) == unseen.flip(1)).double().mean()) > 0.9

@@ -205,8 +205,8 @@ def finds_tours(run: Run) -> Measurement:
         column(scores, "beam"),
         baseline=nearest,
         also={"over nearest neighbour": beam / nearest, "beam of 8 over greedy": beam / greedy, "greedy": greedy},
-        note=f"n = {run.setting.tsp_n}; labels run counter-clockwise: with the direction of the lower index next, the "
-        "loss stays on its plateau for 4,000 steps instead of 600",
+        note=f"n = {run.setting.tsp_n}; labels run counter-clockwise: in earlier trials the loss left its plateau "
+        "after some 800 steps; with the lower index next (h = 128) after 4,000, and at 6,000 lengths were 1.09",
     )
 
 

@@ -121,26 +121,77 @@ def test_gradients_are_finite_and_right_for_a_whole_kernel_with_its_diagonal(nam
     assert torch.autograd.gradcheck(total, x, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["relu", "gelu", "tanh"])
-def test_a_kernel_in_blocks_is_the_kernel_pair_by_pair(name, rng, monkeypatch):
+def kernel_of(rng, count=41, *, size=1.0, spread=0.0):
+    """Of random inputs whose lengths vary by factors of about `exp(spread)`; the largest variance is `size`."""
+    x = torch.randn(count, 7, dtype=torch.float64, generator=rng)
+    x *= torch.exp(spread * torch.randn(count, 1, dtype=torch.float64, generator=rng))
+    K = x @ x.mT
+    return K * (size / K.max())
+
+
+@pytest.mark.parametrize("size", [1e-6, 0.1, 14.0])
+@pytest.mark.parametrize("act", ["relu", "gelu", "tanh", "swish", "mish", lambda z: torch.tanh(z) + 0.3 * z * z])
+def test_a_kernel_in_strips_is_the_kernel_pair_by_pair(act, size, rng, monkeypatch):
     monkeypatch.setattr("lathe.core.gaussian.pairs._TILE", 16)
-    x = torch.randn(41, 7, dtype=torch.float64, generator=rng)
-    K = x @ x.mT / 7
-    kernel, slope = kernel_moments(activation(name), K)
+    K = kernel_of(rng, size=size, spread=0.3)
+    kernel, slope = kernel_moments(activation(act), K)
     v = K.diagonal()
-    whole, whole_slope = pair_moments(activation(name), v[:, None], K, v[None])
-    torch.testing.assert_close(kernel, whole, atol=1e-11, rtol=0)
+    whole, whole_slope = pair_moments(activation(act), v[:, None], K, v[None])
+    torch.testing.assert_close(kernel, whole, atol=2e-11 * whole.abs().max().item(), rtol=0)
     torch.testing.assert_close(slope, whole_slope, atol=1e-8, rtol=0)
-    torch.testing.assert_close(kernel, kernel.mT, atol=1e-13, rtol=0)
+    assert torch.equal(kernel, kernel.mT) and torch.equal(slope, slope.mT)
+    assert torch.equal(kernel_moments(activation(act), K, slope=False)[0], kernel)
 
 
-def test_blocks_spread_over_threads_give_the_same_kernel(rng, monkeypatch):
+@pytest.mark.parametrize("name", ["tanh", "swish"])
+def test_tables_give_the_integrals(name, rng, monkeypatch):
     monkeypatch.setattr("lathe.core.gaussian.pairs._TILE", 16)
-    x = torch.randn(40, 7, dtype=torch.float64, generator=rng)
-    alone = kernel_moments(activation("tanh"), x @ x.mT / 7)[0]
+    act, K = activation(name), kernel_of(rng, size=9.0 if name == "swish" else 1.0)
+    kernel, slope = kernel_moments(act, K)
+    for moment, f in ((kernel, act.fn), (slope, act.derivative)):
+        line = line_expectation(lambda z, f=f: f(z) ** 2, K.diagonal())
+        torch.testing.assert_close(moment.diagonal(), line, atol=1e-9, rtol=0)
+        for i, j in ((0, 1), (3, 30), (40, 17)):
+            block = K[[i, j]][:, [i, j]]
+            value = gaussian_expectation(lambda a, b, f=f: f(a) * f(b), block, order=300)
+            assert moment[i, j].item() == pytest.approx(value.item(), abs=1e-8)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 6.0])
+def test_tables_serve_equal_inputs_and_very_different_ones(spread, rng, monkeypatch):
+    K = kernel_of(rng, size=5.0, spread=spread) if spread else torch.full((41, 41), 0.7, dtype=torch.float64)
+    whole = kernel_moments(activation("tanh"), K)
+    monkeypatch.setattr("lathe.core.gaussian.pairs._TILE", 16)
+    for strips, once in zip(kernel_moments(activation("tanh"), K), whole):
+        torch.testing.assert_close(strips, once, atol=1e-9, rtol=0)
+
+
+def test_inputs_of_zeros_are_no_exception(rng, monkeypatch):
+    K = kernel_of(rng)
+    K[5], K[:, 5] = 0, 0
+    expected = line_expectation(lambda z: 1 - torch.tanh(z) ** 2, K.diagonal())  # s'(0) is 1
+    for tile in (168, 16):
+        monkeypatch.setattr("lathe.core.gaussian.pairs._TILE", tile)
+        kernel, slope = kernel_moments(activation("tanh"), K)
+        assert kernel[5].abs().max() < 1e-11
+        torch.testing.assert_close(slope[5], expected, atol=1e-9, rtol=0)
+
+
+def test_single_precision_is_kept(rng, monkeypatch):
+    monkeypatch.setattr("lathe.core.gaussian.pairs._TILE", 16)
+    K = kernel_of(rng)
+    for single, double in zip(kernel_moments(activation("tanh"), K.float()), kernel_moments(activation("tanh"), K)):
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.double(), double, atol=1e-5, rtol=0)
+
+
+def test_threads_change_nothing(rng, monkeypatch):
+    monkeypatch.setattr("lathe.core.gaussian.pairs._TILE", 16)
+    K = kernel_of(rng, 40)
+    alone = kernel_moments(activation("tanh"), K)[0]
     torch.set_num_threads(2)
     try:
-        together = kernel_moments(activation("tanh"), x @ x.mT / 7)[0]
+        together = kernel_moments(activation("tanh"), K)[0]
     finally:
         torch.set_num_threads(1)
     assert torch.allclose(alone, together, atol=1e-14, rtol=0)

@@ -82,6 +82,21 @@ def test_layers_that_are_asked_for_are_the_same_layers(rng):
     torch.testing.assert_close(kernel_recursion(x, 6, "gelu", 0.1, 1.2), whole)
 
 
+@pytest.mark.parametrize("act", ["relu", "swish"])
+def test_large_kernels_are_carried_as_halves_and_returned_whole(act, rng, monkeypatch):
+    x = torch.randn(20, 5, dtype=torch.float64, generator=rng)
+    whole = ntk_recursion(x, 4, act, 0.1, 1.5)
+    monkeypatch.setattr("lathe.core.gaussian.pairs._TILE", 8)
+    for strips, once in zip(ntk_recursion(x, 4, act, 0.1, 1.5), whole):
+        torch.testing.assert_close(strips, once, atol=1e-10, rtol=0)
+    K1 = first_kernel(x, 0.1, 1.5)
+    before = K1.clone()
+    torch.testing.assert_close(
+        kernel_recursion(x, 4, act, 0.1, 1.5, K1=K1, layers=[1, 4]), whole[0][[0, 3]], atol=1e-10, rtol=0
+    )
+    assert torch.equal(K1, before)
+
+
 def test_a_closed_form_that_returns_its_argument_is_safe(rng):
     x = torch.randn(3, 4, dtype=torch.float64, generator=rng)
     own = Activation(lambda z: z, torch.ones_like, torch.zeros_like, pair=lambda a, b, c: (b, torch.ones_like(b)))

@@ -10,13 +10,14 @@ Notation: `<f>_K` is the mean of `f(z)` over `z ~ N(0, K)`; `s` an activation, `
 from __future__ import annotations
 
 from lathe.core.gaussian.activation import Activation, ActivationLike, activation
-from lathe.core.gaussian.pairs import hermite_coefficients, kernel_moments, pair_moments
+from lathe.core.gaussian.pairs import kernel_moments, mirror_, pair_moments
 from lathe.core.gaussian.quadrature import (
     gauss_hermite,
     gaussian_expectation,
     gaussian_nodes,
     line_expectation,
 )
+from lathe.core.gaussian.series import hermite_coefficients
 
 __all__ = [
     "Activation",
@@ -28,5 +29,6 @@ __all__ = [
     "hermite_coefficients",
     "kernel_moments",
     "line_expectation",
+    "mirror_",
     "pair_moments",
 ]

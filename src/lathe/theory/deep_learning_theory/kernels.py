@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lathe.core.gaussian import ActivationLike, activation, kernel_moments
+from lathe.core.gaussian import ActivationLike, activation, kernel_moments, mirror_
 
 __all__ = ["KernelPrediction", "first_kernel", "kernel_prediction", "kernel_recursion", "ntk_recursion"]
 
@@ -52,8 +52,7 @@ def kernel_recursion(
     """
     first = _start(x, C_b, C_W, K1)
     kept = _kept(layers, depth)
-    pairs = _walk(first, None, depth, act, C_b, C_W, 0.0, 0.0)
-    return torch.stack([K for layer, (K, _) in enumerate(pairs, 1) if layer in kept])
+    return torch.stack([K for K, _ in _walk(first, None, kept, act, C_b, C_W, 0.0, 0.0)])
 
 
 def ntk_recursion(
@@ -76,8 +75,7 @@ def ntk_recursion(
     first = _start(x, C_b, C_W, None)
     theta = lambda_b + lambda_W * (x @ x.mT) / x.shape[1]
     kept = _kept(layers, depth)
-    pairs = _walk(first, theta, depth, act, C_b, C_W, lambda_b, lambda_W)
-    kernels, thetas = zip(*[pair for layer, pair in enumerate(pairs, 1) if layer in kept])
+    kernels, thetas = zip(*_walk(first, theta, kept, act, C_b, C_W, lambda_b, lambda_W))
     return torch.stack(kernels), torch.stack(thetas)
 
 
@@ -155,25 +153,28 @@ def _kept(layers: Sequence[int] | None, depth: int) -> set[int]:
 def _walk(
     K: Tensor,
     theta: Tensor | None,
-    depth: int,
+    kept: set[int],
     act: ActivationLike,
     C_b: float,
     C_W: float,
     lambda_b: float,
     lambda_W: float,
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Kernel and NTK of the layers in `kept`; large ones are carried along in one place, as upper halves."""
     s = activation(act)
-    for layer in range(1, depth + 1):
-        yield K, K if theta is None else theta
-        if layer == depth:
-            return
-        before = theta
+    store = (torch.empty_like(K), None if theta is None else torch.empty_like(K))
+    for layer in range(1, max(kept) + 1):
+        if layer > 1:
+            before = theta
 
-        def update(
-            kernel: Tensor, slope: Tensor | None, where: tuple[slice, slice], before: Tensor | None = before
-        ) -> tuple[Tensor, Tensor | None]:
-            if before is None or slope is None:
-                return C_b + C_W * kernel, None
-            return C_b + C_W * kernel, torch.addcmul(lambda_b + lambda_W * kernel, slope, before[where], value=C_W)
+            def update(
+                kernel: Tensor, slope: Tensor | None, where: tuple[slice, slice], before: Tensor | None = before
+            ) -> tuple[Tensor, Tensor | None]:
+                if before is None or slope is None:
+                    return C_b + C_W * kernel, None
+                return C_b + C_W * kernel, torch.addcmul(lambda_b + lambda_W * kernel, slope, before[where], value=C_W)
 
-        K, theta = kernel_moments(s, K, slope=theta is not None, then=update)
+            K, theta = kernel_moments(s, K, slope=theta is not None, then=update, out=store)
+        if layer in kept:
+            last = K if theta is None else theta
+            yield (mirror_(K.clone()), mirror_(last.clone())) if K is store[0] else (K, last)

@@ -25,6 +25,7 @@ class Options(TypedDict, total=False):
     poly: Kind
     bound: float | None
     tol: float | None
+    strict: bool
 
 
 class HigherOrderAttention(nn.Module):
@@ -38,7 +39,7 @@ class HigherOrderAttention(nn.Module):
             batch comes first by default.
         order: how many tokens a logit depends on; 2 is ordinary attention.
         scale: of the logits, 1 / head_dim by default.
-        method, window, degree, poly, bound, tol: as in `tensor_attention`.
+        method, window, degree, poly, bound, tol, strict: as in `tensor_attention`.
 
     Shape: as `nn.MultiheadAttention`: `(batch, n, embed_dim)`, without batch, or with the batch second.
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ["at_least_float32", "autocasts", "without_autocast"]
+__all__ = ["at_least_float32", "autocast_dtype", "autocasts", "without_autocast"]
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -17,6 +17,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device; false on those that know no autocast (meta)."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast rounds to on a device, None where it is off: a fused operation rounds as autocast would."""
+    return torch.get_autocast_dtype(device.type) if autocasts(device) else None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

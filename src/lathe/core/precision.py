@@ -5,13 +5,19 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
-__all__ = ["at_least_float32", "autocast_dtype", "autocasts", "without_autocast"]
+__all__ = ["at_least_float32", "at_least_single", "autocast_dtype", "autocasts", "without_autocast"]
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type in which products of factors of this type are made: float32 for half precision, else the type itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 where it is of half precision."""
+    return tensor.to(at_least_float32(tensor.dtype))
 
 
 def autocasts(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lathe.nn.hyper_zzw.precision import at_least_single, without_autocast
+from lathe.core.precision import at_least_float32, without_autocast
 
 __all__ = ["Mode", "apply_weights", "hyperzzw_2e", "hyperzzw_global", "hyperzzw_local", "long_convolution"]
 
@@ -171,7 +171,7 @@ def long_convolution(
     axes = tuple(range(2, x.ndim))
     points = [n if padding == "circular" else _fast_length(n + s - 1) for n, s in zip(positions, size)]
     with without_autocast(x.device):
-        spectra = [torch.fft.rfftn(at_least_single(each.to(dtype)), points, axes) for each in (x, kernel)]
+        spectra = [torch.fft.rfftn(each.to(at_least_float32(dtype)), points, axes) for each in (x, kernel)]
         y = torch.fft.irfftn(spectra[0] * spectra[1].conj(), points, axes)
     y = y.roll([(s - 1) // 2 for s in size], axes)
     for axis, n in zip(axes, positions):

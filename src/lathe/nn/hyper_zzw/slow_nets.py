@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lathe.core.kept import Kept
-from lathe.nn.hyper_zzw.precision import at_least_single, without_autocast
+from lathe.core.precision import at_least_single, without_autocast
 
 __all__ = ["ContextSlowNet", "SlowNet", "axes_of", "resized"]
 
@@ -175,7 +175,10 @@ class SlowNet(_CoordinateNet):
         size = self.size if size is None else size
         with without_autocast(self.weight.device):
             sines, pixels = self._sines(size), self._pixels(size)
-            weight, bias = at_least_single(self.weight), at_least_single(self.bias)
+            weight, bias = (
+                at_least_single(self.weight),
+                at_least_single(self.bias),
+            )
             h = sines[0]
             for i, sine in enumerate(sines[1:]):
                 step = torch.addmm(bias[i, :, None], weight[i], h)
@@ -185,7 +188,11 @@ class SlowNet(_CoordinateNet):
     def _make(self, size: tuple[int, ...]) -> Tensor:
         h = self.last_hidden(size)
         with without_autocast(self.weight.device):
-            kernel = torch.addmm(at_least_single(self.out_bias)[:, None], at_least_single(self.out_weight), h)
+            kernel = torch.addmm(
+                at_least_single(self.out_bias)[:, None],
+                at_least_single(self.out_weight),
+                h,
+            )
             return kernel.to(self.weight.dtype).view(1, self.out_channels, *size)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lathe.core.precision import at_least_float32
+from lathe.core.precision import at_least_single
 
 __all__ = ["BatchStd", "GroupInstanceBatchStd", "instance_standardize"]
 
@@ -191,7 +191,7 @@ def _standardized(x: Tensor, pooled: Tensor | bool, eps: float, keep_output: boo
     if x.numel() == 0:
         none = x.new_zeros(x.shape[:2])
         return x.clone(), none, none
-    y, rstd, mean = _Standardize.apply(x.to(at_least_float32(x.dtype)).flatten(2), pooled, eps, keep_output)
+    y, rstd, mean = _Standardize.apply(at_least_single(x).flatten(2), pooled, eps, keep_output)
     return y.view(x.shape).to(x.dtype), mean, rstd
 
 

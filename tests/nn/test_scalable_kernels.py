@@ -288,16 +288,17 @@ def test_the_predicted_variance_is_that_over_directions(rng):
 
 
 def test_orthogonal_directions_have_less_variance_than_independent_ones(rng):
+    """Nearly all of what they take from a complex draw is in its sine, where w^T x is small."""
     x, w = ball(8, 16, 1.0, rng), ball(8, 16, 1.0, rng)
-    truth = torch.cos(x @ w.T)
+    truth = torch.sin(x @ w.T)
 
     def error(orthogonal):
-        estimates = [URF("cos", 16, 16, orthogonal=orthogonal, seed=seed, dtype=torch.float64) for seed in range(300)]
+        estimates = [URF("sin", 16, 16, orthogonal=orthogonal, seed=seed, dtype=torch.float64) for seed in range(150)]
         return float(torch.stack([(each.phi(x) @ each.psi(w).T - truth).square().mean() for each in estimates]).mean())
 
     independent = error(False)
-    assert error(True) < 0.95 * independent
-    assert error("hadamard") < 1.1 * independent
+    assert error(True) < 0.8 * independent
+    assert error("hadamard") < 0.8 * independent
 
 
 def test_the_number_of_features_for_a_wanted_error_reaches_it(rng):
@@ -433,3 +434,5 @@ def test_readouts_refuse_what_cannot_be_fitted(unchecked):
         fit_bundled(torch.zeros(9, 4), y, 0.0)
     with pytest.raises(ValueError, match="at least one sample"):
         fit_bundled(P[:0], P[:0])
+    with pytest.raises(ValueError, match="sample_weight must be at least 0"):
+        fit_bundled(P, y, sample_weight=-torch.ones(9))

@@ -246,7 +246,9 @@ def test_networks_that_are_no_chain_are_refused_by_the_name_of_what_breaks_it(un
 def test_the_report_sets_bundles_beside_low_rank_layers_of_the_same_size(rng):
     net = network(8, 24, 24, 4).float()
     x = torch.randn(600, 8, generator=rng)
+    state = [module.training for module in net.modules()]
     report = bundling_report(net, x, (16, 64), seed=0)
+    assert [module.training for module in net.modules()] == state
     assert {row.depth for row in report.rows} == {1, 2}
     original = [row for row in report.rows if row.method == "original"]
     assert [row.parameters for row in original] == [24 * 25 + 100, 8 * 24 + 24 + 24 * 25 + 100]
@@ -274,7 +276,14 @@ def test_adapters_have_the_published_number_of_parameters():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"activation": "cos"}, {"activation": "sigmoid"}, {"bottleneck": 3}, {"norm": "before"}]
+    "options",
+    [
+        {},
+        {"activation": "cos"},
+        {"activation": "sigmoid"},
+        {"bottleneck": 3},
+        {"norm": "before"},
+    ],
 )
 def test_merged_adapters_are_the_same_function_of_one_matrix(options, rng):
     adapter = SNNKAdapter(6, num_features=5, **options)
@@ -389,6 +398,18 @@ def test_blocks_that_do_not_tell_their_width_are_measured():
     once = add_adapters(model, where=lambda name: name == "1")
     with pytest.raises(ValueError, match="'1' has an adapter already"):
         add_adapters(once, where=lambda name: name == "1")
+
+
+def test_adapted_and_bundled_networks_export(rng):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).eval()
+    x = torch.randn(5, 4, generator=rng)
+    adapted = add_adapters(model, where=lambda name: name == "0")
+    nn.init.ones_(adapted[0].adapter.modulation)
+    for each in (adapted, bundle(model, 7, x, seed=0)):
+        program = torch.export.export(each, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+        y = torch.randn(9, 4, generator=rng)
+        torch.testing.assert_close(program.module()(y), each(y))
+        assert not torch.equal(each(y), model(y))
 
 
 def test_outputs_in_tuples_are_adapted_in_their_first_entry():

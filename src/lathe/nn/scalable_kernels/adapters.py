@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from lathe.core.example import call
 from lathe.core.modes import evaluating
-from lathe.nn.scalable_kernels.features import feature_map
+from lathe.nn.scalable_kernels.features import check_features, feature_map
 from lathe.nn.scalable_kernels.spectra import Activation
 
 __all__ = ["BottleneckAdapter", "SNNKAdapter", "add_adapters", "merge", "trainable_parameters"]
@@ -30,6 +30,7 @@ class SNNKAdapter(nn.Module):
         bottleneck: r; phi(x) weight^T then has r entries and an `nn.Linear(r, d)` that starts at zero takes the place
             of v.
         norm: a LayerNorm "before" the features or "after" the sum; the latter is not the identity at the start.
+            Two features less pay for "before", whose gain is worth much more: it steers what the fixed directions see.
         init: of `weight`: "matched" gives phi(x) weight^T the variance 1/3 for inputs of unit variance; "bert" is
             N(0, 0.02^2); "kaiming" is the start of `nn.Linear` (the last two are the reference's).
         input_scale: by default 1 / sqrt(d): hidden states have a norm of about sqrt(d).
@@ -106,8 +107,7 @@ class SNNKAdapter(nn.Module):
         Raises:
             ValueError: where the last dimension of x is not `features`.
         """
-        if x.ndim == 0 or x.shape[-1] != self.width:
-            raise ValueError(f"x must have {self.width} features in its last dimension, got {tuple(x.shape)}")
+        check_features(x, self.width, "x")
         phi = self.features.phi(x if self.norm_before is None else self.norm_before(x))
         if self.up is not None:
             y = x + self.up(functional.linear(phi, self.weight))
@@ -171,8 +171,7 @@ class BottleneckAdapter(nn.Module):
         Raises:
             ValueError: where the last dimension of x is not `features`.
         """
-        if x.ndim == 0 or x.shape[-1] != self.width:
-            raise ValueError(f"x must have {self.width} features in its last dimension, got {tuple(x.shape)}")
+        check_features(x, self.width, "x")
         return x + self.up(self.activation(self.down(x)))
 
 

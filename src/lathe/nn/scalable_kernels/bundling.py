@@ -148,7 +148,7 @@ def bundle(
         made = feature_map(act, weight.shape[1], count, bias=bias is not None, **settings | options)
         if hidden is None:
             squares = float(made.mean_squared_norm(float(made.scale) ** 2 * (squares or weight.shape[1])))
-        else:
+        elif refit or depth + 1 < len(chain):
             hidden = torch.cat([made.phi(part) for part in hidden.split(4096)])
         if before is not None:
             truth = activation(before)

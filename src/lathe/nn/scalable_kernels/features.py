@@ -121,7 +121,7 @@ class URF(nn.Module):
         Raises:
             ValueError: where the last dimension of weight is not in_features, or bias has not its other dimensions.
         """
-        _check_features(weight, self.in_features, "weight")
+        check_features(weight, self.in_features, "weight")
         scale, angle = self._exponents(weight / self.scale.square(), "weight", self.scale.square())
         angle = angle + self.phase
         if bias is not None:
@@ -135,7 +135,7 @@ class URF(nn.Module):
 
     def _exponents(self, u: Tensor, name: str, squared_scale: Tensor) -> tuple[Tensor, Tensor]:
         """exp(real part) and the imaginary part of the exponent: rho^2 |u|^2 / 2 is a pure phase."""
-        _check_features(u, self.in_features, name)
+        check_features(u, self.in_features, name)
         wide = torch.promote_types(u.dtype, torch.float32)
         product = self.projection(u).to(wide)
         squares = u.to(wide).square().sum(-1, keepdim=True) * squared_scale
@@ -156,8 +156,8 @@ class URF(nn.Module):
 
         Stratified frequencies add little to it, and orthogonal directions take something away.
         """
-        _check_features(x, self.in_features, "x")
-        _check_features(weight, self.in_features, "weight")
+        check_features(x, self.in_features, "x")
+        check_features(weight, self.in_features, "weight")
         D = self.projection.dimension
         scale = self.scale.double()
         x, weight = scale * x.double(), weight.double() / scale
@@ -276,7 +276,7 @@ class ArcCosFeatures(nn.Module):
         Raises:
             ValueError: where the last dimension of x is not in_features.
         """
-        _check_features(x, self.in_features, "x")
+        check_features(x, self.in_features, "x")
         if self.bias:
             x = torch.cat([x, (1 / self.scale).to(x.dtype).expand_as(x[..., :1])], -1)
         return self._features(x)
@@ -289,7 +289,7 @@ class ArcCosFeatures(nn.Module):
         Raises:
             ValueError: where the last dimension of weight is not in_features, or a bias comes to features without one.
         """
-        _check_features(weight, self.in_features, "weight")
+        check_features(weight, self.in_features, "weight")
         if not self.bias:
             if bias is not None:
                 raise ValueError("bias must be None for features made with bias=False")
@@ -304,7 +304,8 @@ class ArcCosFeatures(nn.Module):
         product = self.projection(u)
         if self.order == 0:
             return (product > self.floor).to(product.dtype) * self.num_features**-0.5
-        product = functional.relu(product) if self._floor == 0 else product.clamp(min=self._floor)
+        # In place: no projection needs its product again, neither forwards nor backwards.
+        product = functional.relu(product, inplace=True) if self._floor == 0 else product.clamp(min=self._floor)
         return product if self.order == 1 else product.square()
 
     def forward(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch num_features"]:
@@ -367,7 +368,7 @@ def arccos_kernel(
     """
     if order not in (0, 1, 2):
         raise ValueError(f"order must be 0, 1 or 2, got {order}")
-    _check_features(x, weight.shape[-1], "x")
+    check_features(x, weight.shape[-1], "x")
     norms = torch.linalg.vector_norm(x, dim=-1)[..., None] * torch.linalg.vector_norm(weight, dim=-1)
     cosine = (x @ weight.mT / norms.clamp(min=torch.finfo(x.dtype).tiny)).clamp(-1, 1)
     angle = torch.acos(cosine)
@@ -380,7 +381,7 @@ def arccos_kernel(
     return norms.square() * (3 * sine * cosine + rest * (1 + 2 * cosine.square())) / (2 * math.pi)
 
 
-def _check_features(u: Tensor, in_features: int, name: str) -> None:
+def check_features(u: Tensor, in_features: int, name: str) -> None:
     if u.ndim == 0 or u.shape[-1] != in_features:
         raise ValueError(f"{name} must have {in_features} features in its last dimension, got {tuple(u.shape)}")
 

@@ -80,12 +80,18 @@ class NormalEquations:
             raise ValueError(
                 f"features, targets and weights must pair up, got {tuple(P.shape)} and {tuple(Y.shape)}{weighted}"
             )
-        for p, y, w in zip(P.split(4096), Y.split(4096), [None] * len(P) if weight is None else weight.split(4096)):
-            p, y = p.detach().double(), y.detach().double()
+        if weight is not None and not bool((weight >= 0).all()):
+            raise ValueError("sample_weight must be at least 0 throughout")
+        root = None if weight is None else weight.detach().double().sqrt()[:, None]
+        for start in range(0, len(P), 4096):
+            rows = slice(start, start + 4096)
+            p, y = P[rows].detach().double(), Y[rows].detach().double()
             if self.intercept and not self.classes:
                 p = torch.cat([p, torch.ones_like(p[:, :1])], 1)
-            weighted = p if w is None else p * w.double()[:, None]
-            parts = weighted.T @ p, weighted.T @ y, (y if w is None else y * w.double()[:, None]).sum(0)
+            counts = y if root is None else y * root[rows].square()
+            if root is not None:
+                p, y = p * root[rows], y * root[rows]
+            parts = _gram(p), (y.T @ p).T, counts.sum(0)
             if self.gram is None or self.moments is None or self.counts is None:
                 self.gram, self.moments, self.counts = parts
             else:
@@ -109,8 +115,20 @@ class NormalEquations:
         return torch.cat([weight, offset[:, None]], 1)
 
 
+def _gram(p: Tensor) -> Tensor:
+    """p^T p; of a large one, only what lies on and below the diagonal is multiplied out."""
+    half = p.shape[1] // 2
+    if half <= 256:
+        return p.T @ p
+    left, right = p[:, :half], p[:, half:]
+    across = right.T @ left
+    return torch.cat([torch.cat([_gram(left), across.T], 1), torch.cat([across, _gram(right)], 1)])
+
+
 def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram)).to(gram))
+    gram = gram.clone()
+    gram.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(gram)
     if int(failed) or not bool(factor.isfinite().all()):
         raise ValueError(
             f"ridge must be larger: the features are linearly dependent or not finite, and {ridge} is too little"

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,34 +103,31 @@ def bundling_report(
     chain, last = linear_chain(network)
     layers = [module for pair in chain for module in pair] + [last]
     half = len(data) // 2
-    rows = []
+    rows: list[BundlingRow] = []
     for depth in range(1, len(chain) + 1):
-        head, tail = nn.Sequential(*layers[: -2 * depth - 1]).eval(), nn.Sequential(*layers[-2 * depth - 1 :]).eval()
+        head, tail = nn.Sequential(*layers[: -2 * depth - 1]), nn.Sequential(*layers[-2 * depth - 1 :])
         fitted, judged = head(data[:half]), head(data[half:])
-        expected = tail(judged)
-
-        def row(
-            method: str,
-            module: nn.Module,
-            m: int | None = None,
-            depth: int = depth,
-            judged: Tensor = judged,
-            expected: Tensor = expected,
-        ) -> BundlingRow:
-            error = float((module(judged) - expected).norm() / expected.norm().clamp(min=1e-30))
-            parameters = sum(parameter.numel() for parameter in module.parameters())
-            return BundlingRow(method, depth, m, parameters, stored_bytes(module), error, _milliseconds(module, judged))
-
-        rows.append(row("original", tail))
+        add = partial(_row, depth=depth, inputs=judged, expected=tail(judged))
+        rows.append(add("original", tail))
         for m in num_features:
-            bundled = bundle(tail, m, fitted, **options)
-            rows.append(row("bundled", bundled, m))
-            rows.append(row("bundled, not refitted", bundle(tail, m, fitted, **options, refit=False), m))
-            like = rows[-2]
-            rows.append(row("low rank, as many parameters", low_rank(tail, fitted, like.parameters)))
-            numbers = like.stored_bytes // data.element_size()
-            rows.append(row("low rank, as many bytes", low_rank(tail, fitted, numbers)))
+            bundled = add("bundled", bundle(tail, m, fitted, **options), m)
+            numbers = bundled.stored_bytes // data.element_size()
+            rows += [
+                bundled,
+                add("bundled, not refitted", bundle(tail, m, fitted, **options, refit=False), m),
+                add("low rank, as many parameters", low_rank(tail, fitted, bundled.parameters)),
+                add("low rank, as many bytes", low_rank(tail, fitted, numbers)),
+            ]
     return BundlingReport(tuple(rows))
+
+
+def _row(
+    method: str, module: nn.Module, num_features: int | None = None, *, depth: int, inputs: Tensor, expected: Tensor
+) -> BundlingRow:
+    error = float((module(inputs) - expected).norm() / expected.norm().clamp(min=1e-30))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    time_of = _milliseconds(module, inputs)
+    return BundlingRow(method, depth, num_features, parameters, stored_bytes(module), error, time_of)
 
 
 def low_rank(network: nn.Sequential, data: Tensor, parameters: int) -> nn.Sequential:

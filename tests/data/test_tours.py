@@ -66,8 +66,8 @@ def test_hulls_are_scipys_from_the_lowest_index(n, seed, spread):
 
 
 def test_more_hulls_than_are_worked_on_together_come_out_the_same():
-    points = uniform(5000, 6)
-    assert torch.equal(convex_hull(points)[4090:4100], convex_hull(points[4090:4100]))
+    points = uniform(2500, 6)
+    assert torch.equal(convex_hull(points)[2040:2060], convex_hull(points[2040:2060]))
     assert convex_hull(points[:0]).shape == (0, 7)
 
 

@@ -17,7 +17,7 @@ IGNORED = -100
 _FLAT = 1e-12
 
 # Sets of points that are worked on together, so that what they need stays in the cache.
-_TOGETHER = 4096
+_TOGETHER = 2048
 
 
 def convex_hull(points: Float[Tensor, "batch n 2"], close: bool = False) -> Int64[Tensor, "batch length"]:
@@ -54,8 +54,8 @@ def _fill_hulls(targets: np.ndarray, xy: np.ndarray, first: int, close: bool) ->
     if len(tied):  # where x is the same, y decides; to sort by both is slow
         by_place[tied] = np.lexsort((z[tied].imag, z[tied].real))
         placed[tied] = np.take_along_axis(z[tied], by_place[tied], 1)
-    lower, lower_size = _chain(placed)
-    upper, upper_size = _chain(np.ascontiguousarray(placed[:, ::-1]))
+    chains, sizes = _chain(np.concatenate([placed, placed[:, ::-1]]))
+    lower, upper, lower_size, upper_size = chains[:count], chains[count:], sizes[:count], sizes[count:]
     # Each chain ends where the other begins.
     size = lower_size + upper_size - 2
     column = np.arange(int(size.max()))
@@ -72,7 +72,7 @@ def _fill_hulls(targets: np.ndarray, xy: np.ndarray, first: int, close: bool) ->
 
     outline = z.take(row + corners) - z.take(row + corners[:, :1])
     doubled_area = (outline.conj() * np.roll(outline, -1, 1)).imag.sum(1)
-    extent = np.ptp(xy, axis=1).max(1)
+    extent = np.abs(outline).max(1)
     flat = np.flatnonzero(doubled_area <= _FLAT * extent**2)
     if len(flat):
         raise ValueError(f"points[{first + flat[0]}] lie on a line: a convex hull needs three points that do not")

@@ -240,7 +240,7 @@ def separates_strongly_regular_graphs(run: Run) -> Measurement:
         for family in families
     ]
     scale = alt.Scale(type="symlog", constant=0.1)
-    axis = alt.Axis(values=[0, 0.1, 1, 10, 100], format="~g")
+    axis = alt.Axis(values=[0, 0.1, 1, 10, 100], labelExpr="datum.value")
     run.figure(
         alt.Chart(alt.Data(values=table)).mark_point(filled=True, size=80).encode(
             x=alt.X("alike:Q", title="pairs that the untrained network cannot tell apart (%)", scale=scale, axis=axis),
@@ -352,11 +352,11 @@ def orders_contractions(run: Run) -> Measurement:
                 ratios[name] = direct / planned[n]
         low, high = min(planned), max(planned)
         exponents[name] = math.log(planned[high] / planned[low]) / math.log(high / low) - (treewidth + 1)
-    ticks = alt.Axis(values=list(run.setting.sizes))
+    ticks, log_axis = alt.Axis(values=list(run.setting.sizes)), alt.Axis(tickCount=6, labelExpr="datum.value")
     run.figure(
         alt.Chart(alt.Data(values=table)).mark_line(point=True).encode(
             x=alt.X("n:Q", title="nodes", scale=alt.Scale(type="log", nice=False, padding=20), axis=ticks),
-            y=alt.Y("ms:Q", title="milliseconds", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=6, format="~s")),
+            y=alt.Y("ms:Q", title="milliseconds", scale=alt.Scale(type="log"), axis=log_axis),
             color=alt.Color("graph:N", title=None),
             strokeDash=alt.StrokeDash("order:N", title=None, sort=["planned", "left to right"]),
             tooltip=["graph:N", "order:N", "n:Q", alt.Tooltip("ms:Q", format=".3f")],

@@ -162,7 +162,7 @@ def odd_interactions(run: Run) -> Measurement:
         ways[name] = tp.VectorSignalProduct(
             natural(top), natural(top), all_irreps(top), coupling=coupling, backend="grid"
         )
-    table = []
+    table: list[dict[str, Any]] = []
     for name, product in ways.items():
         reached = {tuple(irrep.l for irrep in triple) for triple in product.interactions()}
         for parity in ("even", "odd"):
@@ -500,7 +500,7 @@ class Recognition:
 
 def connected(**options: Any) -> Callable[..., nn.Module]:
     """A fully connected Clebsch-Gordan product."""
-    return lambda *irreps: tp.ClebschGordanProduct(*irreps, "fully_connected", **options)
+    return lambda in1, in2, out: tp.ClebschGordanProduct(in1, in2, out, "fully_connected", **options)
 
 
 def train_tetris(run: Run, seed: int, product: str) -> Recognition:

@@ -546,7 +546,7 @@ def _judging(judge: _Judge, workers: int) -> Iterator[Callable[[NormActGraph], F
     # Spawned, not forked: the threads of torch and a GPU do not survive a fork.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_judging, (judge,))
     try:
-        yield partial(pool.submit, _judged)
+        yield lambda graph: pool.submit(_judged, graph)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

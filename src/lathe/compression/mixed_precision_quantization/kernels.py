@@ -23,6 +23,8 @@ __all__ = ["Int8Conv2d", "Int8Linear", "Int8Product", "integer_kernel", "to_code
 
 # Adding 1.5 * 2^23 to a float32 leaves its integer part, rounded half to even, in the low bits.
 _ROUNDING = 12582912.0
+# What turns an int8 into the byte that stands for it above 128.
+_SIGN = torch.tensor(128, dtype=torch.uint8, device="cpu")
 
 
 def to_codes(
@@ -49,11 +51,10 @@ def _bytes(x: Tensor, scale: float, zero: int, low: int, high: int) -> Tensor:
     """One pass over the floats in place of four; `int_repr` would copy, and slowly at that: read the storage itself."""
     # Signed grids are rounded around zero and shifted after: adding 128 first would round some products twice.
     quantized = torch.quantize_per_tensor(x, scale, 0, torch.qint8 if zero else torch.quint8)
-    byte = torch.int8 if zero else torch.uint8
-    codes = torch.empty(0, dtype=byte).set_(quantized.untyped_storage(), 0, x.shape, quantized.stride())
+    codes = torch.empty(0, dtype=torch.uint8).set_(quantized.untyped_storage(), 0, x.shape, quantized.stride())
     if zero:
-        return codes.clamp_(low, high).view(torch.uint8).bitwise_xor_(128)
-    return codes.clamp_(low, high) if high < 255 else codes
+        codes.bitwise_xor_(_SIGN)
+    return codes.clamp_(low + zero, high + zero) if low + zero > 0 or high + zero < 255 else codes
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def pairs() -> list[Pair]:
     return [
         small.step(peer_name, target=1.0),
         deep.step(peer_name, target=1.0),
-        small.each_its_own(peer_name, 32, target=3.0),
+        small.each_its_own(peer_name, 32, target=32 / 3),
         small.beside_one(32, target=1 / 3),
         small.fixed(peer_name, target=1.3),
     ]

@@ -63,7 +63,7 @@ def pairs() -> list[Pair]:
     """Training, decoding, labels."""
     torch.manual_seed(0)
     return [
-        training(10, h=256, batch=128, target=2.0),
+        training(10, h=256, batch=128, target=4.0),
         training(10, h=128, batch=128, target=2.0),
         training(50, h=256, batch=32, target=4.0, hull=False),
         beams(20, h=128, batch=16, beam=8, target=4.0),

@@ -377,11 +377,11 @@ class TestKeptWeight:
             kept = layer.weight
             assert set(layer.state_dict()) == {"A", "F", "bias"}
             for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-                assert other._cache is None
+                assert other._kept._tensor is None
                 assert torch.equal(other.weight, kept)
                 assert other.weight is not kept
             layer.train()
-            assert layer._cache is None
+            assert layer._kept._tensor is None
 
     def test_a_weight_made_in_inference_mode_serves_input_gradients_later(self):
         layer = self.fresh().requires_grad_(False)

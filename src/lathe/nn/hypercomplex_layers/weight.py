@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lathe.core.kept import Kept
 from lathe.core.precision import at_least_float32, autocasts, without_autocast
 from lathe.core.shapes import conv_arguments, linear_arguments
 from lathe.nn.hypercomplex_layers.algebras import algebra_tensor
@@ -115,7 +116,7 @@ class HypercomplexLayer(nn.Module):
         self.algebra = algebra if isinstance(algebra, str) or algebra is None else "given"
         self.relative_error: float | None = None
         self._table, self._fan_in = table, second * math.prod(kernel)
-        self._cache: _CachedWeight | None = None
+        self._kept = Kept()
 
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         A = torch.ones(*(() if share_algebra or groups == 1 else (groups,)), terms, n, n, **made)
@@ -272,25 +273,12 @@ class HypercomplexLayer(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "first second *kernel"]:
         """H, in the layout of the replaced layer's weight (transposed convolutions have inputs first)."""
-        if self.training or torch.compiler.is_compiling():
+        if self.training:
             return self._build()
         factors = [factor for factor in (self.A, self.F, self.U, self.V) if factor is not None]
-        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
-            return self._build()
-        # What stands in for a parameter (functional_call, a transform of torch.func) is nobody's to remember.
-        learnt = factors[1:]
-        if any(type(factor) is not nn.Parameter or factor.is_inference() for factor in learnt):
-            return self._build()
         device = self.A.device
-        dtype = torch.get_autocast_dtype(device.type) if autocasts(device) else learnt[0].dtype
-        cache = self._cache
-        if cache is None or not cache.holds_for(factors, dtype):
-            with torch.inference_mode(False), torch.no_grad():
-                weight = self._build().to(dtype)
-            if type(weight) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(weight):
-                return weight
-            cache = self._cache = _CachedWeight(factors, weight)
-        return cache.weight
+        dtype = torch.get_autocast_dtype(device.type) if autocasts(device) else self.A.dtype
+        return self._kept.get(factors, lambda: self._build().to(dtype), key=dtype)
 
     def _build(self) -> Tensor:
         A, F = self.A.mT if self.transposed else self.A, self.filters()
@@ -322,15 +310,12 @@ class HypercomplexLayer(nn.Module):
     def train(self: Layer, mode: bool = True) -> Layer:
         """As `nn.Module.train`; training forgets the weight that eval() kept."""
         if mode:
-            self._cache = None
+            self._kept.forget()
         return super().train(mode)
 
     def _apply(self: Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
-        self._cache = None
+        self._kept.forget()
         return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": None}
 
     def extra_repr(self) -> str:
         """The replaced layer's arguments, then what differs from the defaults of this layer's own."""
@@ -355,22 +340,6 @@ class HypercomplexLayer(nn.Module):
 
     def _plain_arguments(self) -> dict[str, Any]:
         raise NotImplementedError
-
-
-class _CachedWeight:
-    """A weight, and what must not have changed for it to be true."""
-
-    def __init__(self, factors: Sequence[Tensor], weight: Tensor) -> None:
-        self.weight, self.factors = weight, tuple(factors)
-        self.versions = tuple(factor._version for factor in factors)
-        # Detached aliases keep the storages alive, so that no later tensor can come to lie at the same address.
-        self.storages = tuple(factor.detach() for factor in factors)
-
-    def holds_for(self, factors: Sequence[Tensor], dtype: torch.dtype) -> bool:
-        return self.weight.dtype == dtype and all(
-            now is then and now._version == version and now.data_ptr() == storage.data_ptr()
-            for now, then, version, storage in zip(factors, self.factors, self.versions, self.storages)
-        )
 
 
 def _table(algebra: str | Tensor, n: int, terms: int | None) -> Tensor:

@@ -25,3 +25,14 @@ def rng():
     import torch
 
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def shape_checks_off():
+    """The library's own errors, which the checks of signatures would come before."""
+    import jaxtyping
+
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -29,15 +28,6 @@ from lathe.data.tours import (
     tsp,
     two_opt,
 )
-
-
-@pytest.fixture
-def shape_checks_off():
-    """The library's own errors, which jaxtyping would come before."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def uniform(count: int, n: int, seed: int = 0) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,15 +18,6 @@ F64 = torch.float64
 SHAPES = {"conv.weight": (6, 3, 3, 3), "conv.bias": (6,), "linear.weight": (5, 6)}
 HEADS = [{}, {"head_rank": 4}, {"head_chunk": 7}, {"adapter_rank": 1}]
 USUAL = {"encoding": "none", "residual": False}
-
-
-@pytest.fixture
-def shape_checks_off():
-    """For wrong arguments that the checks of signatures would refuse first."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 class TestEncoding:

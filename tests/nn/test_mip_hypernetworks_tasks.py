@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,15 +30,6 @@ def waves(height, width, amplitude):
     y = torch.linspace(0, math.pi, height, dtype=F64).sin()[:, None]
     x = torch.linspace(0, math.pi, width, dtype=F64).sin()[None]
     return amplitude * torch.stack([y * x, -y * x])[None]
-
-
-@pytest.fixture
-def shape_checks_off():
-    """For wrong arguments that the checks of signatures would refuse first."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 class TestWarp:

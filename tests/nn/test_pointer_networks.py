@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -33,15 +32,6 @@ from lathe.nn.pointer_networks import (
 )
 from lathe.nn.pointer_networks import attention as attention_file
 from lathe.training import fit
-
-
-@pytest.fixture
-def shape_checks_off():
-    """The library's own errors, which jaxtyping would come before."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def sharp(net: nn.Module) -> nn.Module:

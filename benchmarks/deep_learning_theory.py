@@ -1,4 +1,4 @@
-"""Kernels and NTKs of a thousand inputs against neural-tangents, and finite-width tensors against plain Monte Carlo.
+"""Kernels and NTKs of a thousand inputs against neural-tangents, and a finite-width tensor against adaptive cubature.
 
 neural-tangents is archived and needs an old JAX: it lives in an environment of its own, and its times are taken there.
 
@@ -8,18 +8,21 @@ neural-tangents is archived and needs an old JAX: it lives in an environment of 
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from harness import Pair, PeerMissing
+from scipy.integrate import cubature
 from torch import Tensor
 
-from lathe.theory.deep_learning_theory import ntk_recursion
+from lathe.theory.deep_learning_theory import finite_width, first_kernel, ntk_recursion
 
 INTERPRETER = "LATHE_NEURAL_TANGENTS_PYTHON"
 INPUTS, FEATURES, DEPTH = 1000, 64, 10
@@ -77,11 +80,50 @@ def ours(x: Tensor, name: str, C_b: float, C_W: float) -> Callable[[], tuple[Ten
     return lambda: ntk_recursion(x, DEPTH, name, C_b, C_W, C_b, C_W, layers=[DEPTH])
 
 
-def pairs() -> list[Pair]:
-    import time
+def cubature_of_products(K: np.ndarray, indices: tuple[int, ...], rtol: float) -> float:
+    """`<s_i s_j ...>` for s = tanh, over the inputs concerned, each once, to a relative error of `rtol`."""
+    inputs = sorted(set(indices))
+    root = np.linalg.cholesky(K[np.ix_(inputs, inputs)])
+    powers = [indices.count(each) for each in inputs]
 
+    def weighted(u: np.ndarray) -> np.ndarray:
+        density = np.exp(-0.5 * (u * u).sum(-1)) / (2 * np.pi) ** (len(inputs) / 2)
+        return np.prod(np.tanh(u @ root.T) ** powers, axis=-1) * density
+
+    reach = np.full(len(inputs), 8.0)
+    return float(cubature(weighted, -reach, reach, rtol=rtol, atol=1e-9).estimate)
+
+
+def four_point() -> Pair:
+    """The order-1/n tensor V of a second layer; ntkunlimited, which is on no package index, integrates it like this."""
+    n, C_b, C_W = 3, 0.1, 1.4
+    x = torch.randn(n, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def ours() -> Tensor:
+        return finite_width(x, [16, 64, 64], "tanh", C_b, C_W, tensors=["V"])["V"][-1]
+
+    def peer() -> Tensor:
+        K = first_kernel(x, C_b, C_W).numpy()
+        two = {
+            pair: cubature_of_products(K, pair, 1e-7) for pair in itertools.combinations_with_replacement(range(n), 2)
+        }
+        four = {
+            each: cubature_of_products(K, each, 1e-6) for each in itertools.combinations_with_replacement(range(n), 4)
+        }
+        V = torch.empty(n, n, n, n, dtype=torch.float64)
+        for i, j, k, l in itertools.product(range(n), repeat=4):
+            apart = two[min(i, j), max(i, j)] * two[min(k, l), max(k, l)]
+            a, b, c, d = sorted((i, j, k, l))
+            V[i, j, k, l] = C_W**2 * (four[a, b, c, d] - apart)
+        return V
+
+    title = "V of a second layer, tanh, 3 inputs"
+    return Pair(title, ours, peer, "adaptive cubature, entry by entry (scipy)", target=100.0, tolerance=1e-4)
+
+
+def pairs() -> list[Pair]:
     x = torch.randn(INPUTS, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = []
+    found = [four_point()]
     for name, layer, C_b, C_W, target in CASES:
         mine = ours(x, name, C_b, C_W)
         K, theta, seconds = neural_tangents(x, layer, C_b, C_W)

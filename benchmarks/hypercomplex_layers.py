@@ -40,7 +40,9 @@ def pairs() -> list[Pair]:
         training(512, size=7, batch=8, n=4, target=1.3),
         # Where the convolution itself takes nearly all of the time: no slower, within the noise of timing.
         training(256, size=8, batch=32, n=4, target=1.0),
+        ceiling(256, size=8, batch=32, n=4),
         training(64, size=16, batch=32, n=4, target=0.97),
+        ceiling(64, size=16, batch=32, n=4),
     ]
     found += [inference(256, size=4, batch=1, n=4, target=1.0), inference(64, size=16, batch=32, n=4, target=1.0)]
     found += [few_rows(), *beside_plain()]
@@ -85,6 +87,23 @@ def training(channels: int, *, size: int, batch: int, n: int, target: float) -> 
         target=target,
         tolerance=1e-3,
     )
+
+
+def ceiling(channels: int, *, size: int, batch: int, n: int) -> Pair:
+    """The same step with a weight that is there already, against the reference: no way to build it can gain more."""
+    layer = PHConv2d(channels, channels, 3, padding=1, bias=False, n=n)
+    assert layer.F is not None
+    A, F = layer.A, layer.F
+    x = torch.randn(batch, channels, size, size, requires_grad=True)
+    weight = layer.weight.detach().requires_grad_()
+
+    def alone() -> Any:
+        y = functional.conv2d(x, weight, padding=1)
+        return torch.autograd.grad(y.square().mean(), [x, weight])[:1]
+
+    title = f"convolution alone {channels}->{channels} 3x3 on {size}x{size}, batch {batch}: the ceiling"
+    reference = step(layer, x, lambda: outer_products(A, F))
+    return Pair(title, alone, lambda: reference()[:1], REFERENCE, tolerance=1e-3)
 
 
 def inference(channels: int, *, size: int, batch: int, n: int, target: float) -> Pair:

@@ -97,7 +97,7 @@ def test_delta_functions_of_relu_are_where_they_belong():
     expected = math.sqrt(left / (2 * math.pi)) / math.sqrt(2 * math.pi * 1.2)
     assert curve[0, 1].item() == pytest.approx(expected, abs=1e-8)
     assert both[0, 1].item() == pytest.approx(1 / (2 * math.pi * math.sqrt(1.2 * 0.7 - 0.4**2)), abs=1e-8)
-    bent = _four_points(relu, K, None)[3]
+    bent = _four_points(relu, K, None, {"bent"})["bent"]
     # A delta function meets s' at its own jump: delta s'^m counts 1 / (m + 1).
     for index, share in {
         (0, 1, 1, 1): 1,

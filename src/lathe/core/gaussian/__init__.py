@@ -9,7 +9,8 @@ Notation: `<f>_K` is the mean of `f(z)` over `z ~ N(0, K)`; `s` an activation, `
 
 from __future__ import annotations
 
-from lathe.core.gaussian.activation import Activation, ActivationLike, activation
+from lathe.core.gaussian.activation import Activation, ActivationLike, activation, polynomial, sinusoid
+from lathe.core.gaussian.blocks import BlockMoments, check_second_moment
 from lathe.core.gaussian.pairs import kernel_moments, mirror_, pair_moments
 from lathe.core.gaussian.quadrature import (
     gauss_hermite,
@@ -22,7 +23,9 @@ from lathe.core.gaussian.series import hermite_coefficients
 __all__ = [
     "Activation",
     "ActivationLike",
+    "BlockMoments",
     "activation",
+    "check_second_moment",
     "gauss_hermite",
     "gaussian_expectation",
     "gaussian_nodes",
@@ -31,4 +34,6 @@ __all__ = [
     "line_expectation",
     "mirror_",
     "pair_moments",
+    "polynomial",
+    "sinusoid",
 ]

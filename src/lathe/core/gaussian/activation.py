@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lathe.core.gaussian import closed
 
-__all__ = ["Activation", "ActivationLike", "activation"]
+__all__ = ["Activation", "ActivationLike", "activation", "polynomial", "sinusoid"]
 
 Pointwise: TypeAlias = Callable[[Tensor], Tensor]
 PairMoments: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -34,6 +34,7 @@ class Activation:
         name: for messages.
         slopes: `(a_minus, a_plus)` where the function is `a_minus z` below zero and `a_plus z` above.
         pair: closed form `(K_aa, K_ab, K_bb) -> (<s_a s_b>, <s'_a s'_b>)`, elementwise, if there is one.
+        jumps: whether `fn` itself jumps, so that its true derivative holds delta functions, which `d1` leaves out.
     """
 
     fn: Pointwise
@@ -44,6 +45,7 @@ class Activation:
     name: str = "activation"
     slopes: tuple[float, float] | None = None
     pair: PairMoments | None = None
+    jumps: bool = False
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.fn(z)
@@ -84,6 +86,47 @@ def activation(spec: ActivationLike) -> Activation:
         name = getattr(spec, "__name__", "activation")
         return _FUNCTIONS.get(spec) or Activation(spec, name=name)
     raise TypeError(f"spec must be a name, a module, a function or an Activation, got {type(spec).__name__}")
+
+
+def polynomial(*coefficients: float) -> Activation:
+    """`a_0 + a_1 z + a_2 z^2 + ...`, with closed forms; `polynomial(0, 0, 0, 1)` is a cube.
+
+    Raises:
+        ValueError: without coefficients.
+    """
+    if not coefficients:
+        raise ValueError("polynomial needs at least one coefficient")
+    first = [i * a for i, a in enumerate(coefficients)][1:]
+    second = [i * a for i, a in enumerate(first)][1:]
+
+    def horner(a: Sequence[float]) -> Pointwise:
+        def value(z: Tensor) -> Tensor:
+            total = torch.zeros_like(z)
+            for each in reversed(a):
+                total = total * z + each
+            return total
+
+        return value
+
+    name = f"polynomial({', '.join(f'{a:g}' for a in coefficients)})"
+    return Activation(
+        horner(coefficients), horner(first), horner(second), name=name, pair=closed.polynomial(coefficients)
+    )
+
+
+def sinusoid(amplitude: float = 1.0, frequency: float = 1.0, phase: float = 0.0) -> Activation:
+    """`amplitude sin(frequency z + phase)`, with closed forms.
+
+    `sinusoid(2**0.5, (2 * gamma) ** 0.5, pi / 4)` makes a Dense layer's kernel the radial one,
+    `exp(-gamma |z_a - z_b|^2)` on average (random Fourier features).
+    """
+    return Activation(
+        lambda z: amplitude * torch.sin(frequency * z + phase),
+        lambda z: amplitude * frequency * torch.cos(frequency * z + phase),
+        lambda z: -amplitude * frequency**2 * torch.sin(frequency * z + phase),
+        name=f"sinusoid({amplitude:g}, {frequency:g}, {phase:g})",
+        pair=closed.sinusoid(amplitude, frequency, phase),
+    )
 
 
 def _differentiate(function: Pointwise) -> Pointwise:
@@ -161,7 +204,36 @@ _NAMED = {
     "hardtanh": Activation(F.hardtanh, kinks=(-1.0, 1.0), name="hardtanh"),
     "relu6": Activation(F.relu6, kinks=(0.0, 6.0), name="relu6"),
     "hardswish": Activation(F.hardswish, kinks=(-3.0, 3.0), name="hardswish"),
-    "perceptron": Activation(torch.sign, torch.zeros_like, torch.zeros_like, kinks=(0.0,), name="perceptron"),
+    "perceptron": Activation(
+        torch.sign,
+        torch.zeros_like,
+        torch.zeros_like,
+        kinks=(0.0,),
+        name="perceptron",
+        pair=closed.piecewise_constant(-1.0, 1.0),
+        jumps=True,
+    ),
+    "step": Activation(
+        lambda z: (z > 0).to(z.dtype),
+        torch.zeros_like,
+        torch.zeros_like,
+        kinks=(0.0,),
+        name="step",
+        pair=closed.piecewise_constant(0.0, 1.0),
+        jumps=True,
+    ),
+    "abs": _piecewise_linear(-1.0, 1.0, "abs"),
+    "square": Activation(
+        torch.square, lambda z: 2 * z, lambda z: torch.full_like(z, 2.0), name="square", pair=closed.polynomial((0, 0, 1))
+    ),
+    "exp": Activation(torch.exp, torch.exp, torch.exp, name="exp", pair=closed.exponential),
+    "gaussian": Activation(
+        lambda z: torch.exp(-z * z),
+        lambda z: -2 * z * torch.exp(-z * z),
+        lambda z: (4 * z * z - 2) * torch.exp(-z * z),
+        name="gaussian",
+        pair=closed.bell,
+    ),
 }
 _ALIASES = {"silu": "swish", "identity": "linear", "sign": "perceptron", "leakyrelu": "leaky_relu"}
 _FUNCTIONS: dict[Any, Activation] = {
@@ -170,6 +242,10 @@ _FUNCTIONS: dict[Any, Activation] = {
     torch.relu: _NAMED["relu"],
     F.relu: _NAMED["relu"],
     F.leaky_relu: _NAMED["leaky_relu"],
+    torch.abs: _NAMED["abs"],
+    torch.square: _NAMED["square"],
+    torch.exp: _NAMED["exp"],
+    torch.sign: _NAMED["perceptron"],
     torch.sin: _NAMED["sin"],
     torch.cos: _NAMED["cos"],
     torch.erf: _NAMED["erf"],

@@ -9,12 +9,23 @@ Arc-cosine kernels: Cho and Saul 2009; error function: Williams 1996; GELU: by p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["cosine", "error_function", "gelu", "piecewise_linear", "sine"]
+__all__ = [
+    "bell",
+    "cosine",
+    "error_function",
+    "exponential",
+    "gelu",
+    "piecewise_constant",
+    "piecewise_linear",
+    "polynomial",
+    "sine",
+    "sinusoid",
+]
 
 
 def piecewise_linear(a_minus: float, a_plus: float) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -79,3 +90,71 @@ def cosine(kaa: Tensor, kab: Tensor, kbb: Tensor) -> tuple[Tensor, Tensor]:
     """Moments of `cos`."""
     cos_slope, cos_kernel = sine(kaa, kab, kbb)
     return cos_kernel, cos_slope
+
+
+def sinusoid(
+    amplitude: float, frequency: float, phase: float
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Moments of `amplitude sin(frequency z + phase)`."""
+    square = frequency**2
+    turn = math.cos(2 * phase)
+
+    def moments(kaa: Tensor, kab: Tensor, kbb: Tensor) -> tuple[Tensor, Tensor]:
+        mean = (kaa + kbb) / 2
+        difference, total = torch.exp(square * (kab - mean)), torch.exp(-square * (kab + mean)) * turn
+        kernel = (difference - total) * (amplitude**2 / 2)
+        return kernel, (difference + total) * (amplitude**2 * square / 2)
+
+    return moments
+
+
+def exponential(kaa: Tensor, kab: Tensor, kbb: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of `exp`, its own derivative."""
+    kernel = torch.exp((kaa + kbb) / 2 + kab)
+    return kernel, kernel
+
+
+def bell(kaa: Tensor, kab: Tensor, kbb: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of `exp(-z^2)`: with D = det(1 + 2 K), `D^(-1/2)` and `4 K_ab D^(-3/2)`."""
+    determinant = (1 + 2 * kaa) * (1 + 2 * kbb) - 4 * kab * kab
+    kernel = determinant.rsqrt()
+    return kernel, 4 * kab * kernel / determinant
+
+
+def piecewise_constant(below: float, above: float) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Moments of the function that is `below` for negative and `above` for positive z: the arc-cosine kernel of order 0.
+
+    The derivative is taken to be zero: the delta function at zero is left out.
+    """
+
+    def moments(kaa: Tensor, kab: Tensor, kbb: Tensor) -> tuple[Tensor, Tensor]:
+        root = (kaa * kbb - kab * kab).clamp_min(0).sqrt()
+        apart = torch.atan2(root, kab) / math.pi  # the probability of different signs
+        kernel = (below**2 + above**2) / 2 * (1 - apart) + below * above * apart
+        return kernel, torch.zeros_like(kernel)
+
+    return moments
+
+
+def polynomial(coefficients: Sequence[float]) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Moments of `sum_i a_i z^i`: `<z_a^i z_b^j>` is a sum over the k pairs of factors of different variables."""
+    slope = [i * a for i, a in enumerate(coefficients)][1:]
+
+    def pairs(a: Sequence[float], kaa: Tensor, kab: Tensor, kbb: Tensor) -> Tensor:
+        total = torch.zeros_like(kaa * kab * kbb)
+        for k in range(len(a)):
+            sides = []
+            for variance in (kaa, kbb):
+                side = torch.zeros_like(variance)
+                for m in range((len(a) - 1 - k) // 2 + 1):
+                    i = k + 2 * m  # ways to leave k of i factors unpaired, and to pair the others
+                    ways = math.factorial(i) / (2**m * math.factorial(m) * math.factorial(k))
+                    side = side + a[i] * ways * variance**m
+                sides.append(side)
+            total = total + math.factorial(k) * sides[0] * sides[1] * kab**k
+        return total
+
+    def moments(kaa: Tensor, kab: Tensor, kbb: Tensor) -> tuple[Tensor, Tensor]:
+        return pairs(coefficients, kaa, kab, kbb), pairs(slope, kaa, kab, kbb)
+
+    return moments

@@ -56,10 +56,16 @@ def gaussian_nodes(
     d = K.shape[-1]
     if kinks:
         return _split_nodes(root, order, tuple(kinks))
-    u, w = gauss_hermite(order, K)
-    grid = torch.cartesian_prod(*[u] * d).reshape(-1, d)
-    weights = functools.reduce(lambda a, b: torch.outer(a, b).reshape(-1), [w] * d)
+    grid, weights = (each.to(K) for each in _grid(order, d))
     return grid @ root.mT, weights
+
+
+@functools.lru_cache(maxsize=8)
+def _grid(order: int, d: int) -> tuple[Tensor, Tensor]:
+    """The product rule of `d` independent standard normal variables."""
+    u, w = gauss_hermite(order, torch.empty(0, dtype=torch.float64))
+    weights = functools.reduce(lambda a, b: torch.outer(a, b).reshape(-1), [w] * d)
+    return torch.cartesian_prod(*[u] * d).reshape(-1, d), weights
 
 
 def line_expectation(

@@ -24,9 +24,21 @@ __all__ = ["finite_width"]
 _TENSORS = ("V", "D", "F", "A", "B", "P", "Q")
 #: What each tensor's recursion reads.
 _NEEDS = {"V": "V", "D": "VD", "F": "F", "A": "VDA", "B": "B", "P": "BP", "Q": "FQ"}
+#: And which expectations over four inputs enter it.
+_FOUR_POINTS = {
+    "V": {"ssss"},
+    "D": {"ssss", "ssdd"},
+    "F": {"ssdd"},
+    "A": {"ssss", "ssdd", "dddd"},
+    "B": {"dddd"},
+    "P": {"bent"},
+    "Q": {"bent", "ssdd"},
+}
 #: Gauss-Hermite nodes a dimension for expectations over 1 to 4 inputs, and panel nodes for kinked activations.
 _ORDER = {1: 300, 2: 160, 3: 48, 4: 24}
 _KINKED_ORDER = {1: 40, 2: 24, 3: 16, 4: 9}
+#: Weights of nodes that even a tenth power of the farthest leaves without effect.
+_NOTHING = 1e-26
 _MOST_INPUTS = 8
 
 
@@ -90,7 +102,8 @@ def finite_width(
     state = {name: x.new_zeros(*[len(x)] * 4) for name in wanted}
     rows = [{"K": K, "Theta": theta, **state}]
     for layer in range(1, layers):
-        step = _Layer(s, K, theta, C_W, lambda_W, widths[layer] / widths[layer - 1], order)
+        four = _four_points(s, K, order, set().union(*(_FOUR_POINTS[name] for name in wanted)))
+        step = _Layer(s, K, theta, C_W, lambda_W, widths[layer] / widths[layer - 1], four)
         state = {name: getattr(step, name)(state) for name in wanted}
         kernel, slope = kernel_moments(s, K)
         assert slope is not None
@@ -112,12 +125,11 @@ class _Layer:
     """
 
     def __init__(
-        self, act: Activation, K: Tensor, theta: Tensor, C_W: float, lambda_W: float, R: float, order: int | None
+        self, act: Activation, K: Tensor, theta: Tensor, C_W: float, lambda_W: float, R: float, four: dict[str, Tensor]
     ) -> None:
-        self.theta, self.C, self.lam, self.R = theta, C_W, lambda_W, R
+        self.theta, self.C, self.lam, self.R, self.four = theta, C_W, lambda_W, R, four
         self.k, self.b, a, c, e = _pair_tables(act, K)
         self.a = a
-        self.ssss, self.ssdd, self.dddd, self.bent = _four_points(act, K, order)
         n = len(K)
         one = torch.eye(n, dtype=K.dtype, device=K.device)
         # d<s_i s_j> and d<s'_i s'_j>, twice by z_b and z_c; d<s'_i s_j> and d<s''_i s'_j> once by z_c.
@@ -129,45 +141,45 @@ class _Layer:
         self.om = lambda_W * self.k + C_W * theta * self.b
 
     def V(self, old: dict[str, Tensor]) -> Tensor:
-        local = self.ssss - _outer(self.k, self.k)
+        local = self.four["ssss"] - _outer(self.k, self.k)
         return self.C**2 * (local + self.R / 4 * self._between(self.S, old["V"], self.S))
 
     def D(self, old: dict[str, Tensor]) -> Tensor:
-        local = self.lam * self.ssss + self.C * self.theta * self.ssdd - _outer(self.k, self.om)
+        local = self.lam * self.four["ssss"] + self.C * self.theta * self.four["ssdd"] - _outer(self.k, self.om)
         carried = self.C / 4 * self._between(self.S, old["V"], self.O)
         moved = self.C**2 / 2 * torch.einsum("bcij,bckl,kl->ijkl", self.S, old["D"], self.b)
         return self.C * local + self.R * (carried + moved)
 
     def F(self, old: dict[str, Tensor]) -> Tensor:
         """Stored as F[1, 3, 2, 4]."""
-        local = torch.einsum("ijkl,kl->ikjl", self.ssdd, self.theta)
+        local = torch.einsum("ijkl,kl->ikjl", self.four["ssdd"], self.theta)
         moved = torch.einsum("bki,clj,bkcl->ikjl", self.T, self.T, old["F"])
         return self.C**2 * (local + self.R * moved)
 
     def A(self, old: dict[str, Tensor]) -> Tensor:
         theta, lam, C = self.theta, self.lam, self.C
-        cross = torch.einsum("ijkl,kl->ijkl", self.ssdd, theta)
-        local = lam**2 * self.ssss + lam * C * (cross + cross.permute(2, 3, 0, 1))
-        local = local + C**2 * _outer(theta, theta) * self.dddd - _outer(self.om, self.om)
+        cross = torch.einsum("ijkl,kl->ijkl", self.four["ssdd"], theta)
+        local = lam**2 * self.four["ssss"] + lam * C * (cross + cross.permute(2, 3, 0, 1))
+        local = local + C**2 * _outer(theta, theta) * self.four["dddd"] - _outer(self.om, self.om)
         half = torch.einsum("bcij,bckl,kl->ijkl", self.O, old["D"], self.b)
         moved = C**2 * _outer(self.b, self.b) * old["A"] + C / 2 * (half + half.permute(2, 3, 0, 1))
         return local + self.R * (self._between(self.O, old["V"], self.O) / 4 + moved)
 
     def B(self, old: dict[str, Tensor]) -> Tensor:
         """Stored as B[1, 3, 2, 4]."""
-        local = torch.einsum("ijkl,ij,kl->ikjl", self.dddd, self.theta, self.theta)
+        local = torch.einsum("ijkl,ij,kl->ikjl", self.four["dddd"], self.theta, self.theta)
         return self.C**2 * (local + self.R * _outer(self.b, self.b) * old["B"])
 
     def P(self, old: dict[str, Tensor]) -> Tensor:
-        local = torch.einsum("oijk,oi,oj->oijk", self.bent, self.theta, self.theta)
+        local = torch.einsum("oijk,oi,oj->oijk", self.four["bent"], self.theta, self.theta)
         from_b = torch.einsum("ok,ij,ooij->oijk", self.a, self.b, old["B"])
         moved = torch.einsum("ij,bok,oijb->oijk", self.b, self.T, old["P"])
         return self.C**2 * (local + self.R * (from_b + moved))
 
     def Q(self, old: dict[str, Tensor]) -> Tensor:
-        local = self.C**2 * torch.einsum("oijk,oi,oj->oijk", self.bent, self.theta, self.theta)
+        local = self.C**2 * torch.einsum("oijk,oi,oj->oijk", self.four["bent"], self.theta, self.theta)
         # <s'_0 s_1 s'_2 s_3> is <s_1 s_3 s'_0 s'_2>.
-        local = local + self.lam * self.C * torch.einsum("ikoj,oj->oijk", self.ssdd, self.theta)
+        local = local + self.lam * self.C * torch.einsum("ikoj,oj->oijk", self.four["ssdd"], self.theta)
         lead = self.lam * self.C * self.T + self.C**2 * self.theta * self.U
         from_f = torch.einsum("boi,cjk,bocj->oijk", lead, self.T, old["F"])
         moved = self.C**2 * torch.einsum("oi,bjk,oijb->oijk", self.b, self.T, old["Q"])
@@ -200,7 +212,7 @@ def _pair_tables(act: Activation, K: Tensor) -> tuple[Tensor, ...]:
     result = K.new_zeros(5, n, n)
     if len(i):
         pairs = torch.stack([K[i, i], K[i, j], K[i, j], K[j, j]], -1).reshape(-1, 2, 2)
-        z, w = gaussian_nodes(pairs, _KINKED_ORDER[2] if act.kinks else _ORDER[2], act.kinks)
+        z, w = _nodes(act, pairs)
         s, d = act(z), act.derivative(z)
         s0, s1, d0, d1 = s[..., 0], s[..., 1], d[..., 0], d[..., 1]
         if act.kinks:
@@ -226,43 +238,66 @@ def _pair_tables(act: Activation, K: Tensor) -> tuple[Tensor, ...]:
             dd, ddd = act.derivative(z, 2), act.derivative(z, 3)
             terms = [s0 * s1, d0 * d1, dd[..., 0] * s1, ddd[..., 0] * d1, dd[..., 0] * dd[..., 1]]
             mirrored = [terms[0], terms[1], s0 * dd[..., 1], d0 * ddd[..., 1], terms[4]]
-        result[:, i, j] = torch.stack([(term * w).sum(-1) for term in terms])
-        result[:, j, i] = torch.stack([(term * w).sum(-1) for term in mirrored])
+        result[:, i, j] = _means(terms, w)
+        result[:, j, i] = _means(mirrored, w)
     variance = K.diagonal()
-    z, w = gaussian_nodes(variance.reshape(n, 1, 1), _KINKED_ORDER[1] if act.kinks else _ORDER[1], act.kinks)
+    z, w = _nodes(act, variance.reshape(n, 1, 1))
     z = z[..., 0]
     s, d = act(z), act.derivative(z)
     v = variance.unsqueeze(-1)
     terms = [s * s, d * d, z * s * d / v - d * d, d * d * (z * z / v - 1) / (2 * v), torch.zeros_like(z)]
-    result.diagonal(dim1=1, dim2=2).copy_(torch.stack([(term * w).sum(-1) for term in terms]))
+    result.diagonal(dim1=1, dim2=2).copy_(_means(terms, w))
     return tuple(result)
 
 
-def _four_points(act: Activation, K: Tensor, order: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`<s_i s_j s_k s_l>`, `<s_i s_j s'_k s'_l>`, `<s'_i s'_j s'_k s'_l>` and `<s''_i s'_j s'_k s_l>`."""
+def _nodes(act: Activation, K: Tensor, order: int | None = None) -> tuple[Tensor, Tensor]:
+    z, w = gaussian_nodes(K, order or (_KINKED_ORDER if act.kinks else _ORDER)[K.shape[-1]], act.kinks)
+    if w.ndim > 1:
+        return z, w
+    # The corners of a product rule weigh nothing, and are most of it.
+    matter = w > _NOTHING
+    return z[..., matter, :], w[matter]
+
+
+def _means(terms: Sequence[Tensor], w: Tensor) -> Tensor:
+    """Weighted sums over nodes, for weights that all pairs share and for those that differ."""
+    return torch.stack([term @ w if w.ndim == 1 else torch.linalg.vecdot(term, w) for term in terms])
+
+
+def _four_points(act: Activation, K: Tensor, order: int | None, wanted: set[str]) -> dict[str, Tensor]:
+    """Those wanted of `<s_i s_j s_k s_l>` ("ssss"), `<s_i s_j s'_k s'_l>` ("ssdd"), `<s'_i s'_j s'_k s'_l>` ("dddd")
+    and `<s''_i s'_j s'_k s_l>` ("bent")."""
     n = len(K)
-    tables = [K.new_zeros(n, n, n, n) for _ in range(4)]
+    tables = {name: K.new_zeros(n, n, n, n) for name in wanted}
     # Largest subsets first: entries with repeated indices are then overwritten by integrals over fewer inputs, which
     # are cheaper and sharper.
     for subset in itertools.chain.from_iterable(itertools.combinations(range(n), d) for d in range(min(n, 4), 0, -1)):
         d = len(subset)
         index = torch.tensor(subset, device=K.device)
         block = K[index][:, index]
-        z, w = gaussian_nodes(block, order or (_KINKED_ORDER if act.kinks else _ORDER)[d], act.kinks)
-        s, slope = act(z), act.derivative(z)
-        ss, dd = _products(s, s), _products(slope, slope)
-        weighted = ss * w.unsqueeze(-1)
-        values = [weighted.mT @ ss, weighted.mT @ dd, (dd * w.unsqueeze(-1)).mT @ dd]
-        if act.kinks:
-            bent = _bent_by_parts(z, w, s, slope, _inverse(block), dd)
-        else:
-            curve = act.derivative(z, 2)
-            # [i, l, j, k] -> [i, j, k, l]
-            bent = ((_products(curve, s) * w.unsqueeze(-1)).mT @ dd).reshape(d, d, d, d).permute(0, 2, 3, 1)
+        z, w = _nodes(act, block, order)
+        s = act(z)
+        slope = s if wanted == {"ssss"} else act.derivative(z)
+        ss = _products(s, s)
+        dd = ss if slope is s else _products(slope, slope)
         where = torch.meshgrid(index, index, index, index, indexing="ij")
-        for table, value in zip(tables, (*values, bent)):
+        for name, table in tables.items():
+            if name == "bent":
+                value = _bent(act, z, w, s, slope, dd, block)
+            else:
+                left, right = {"ssss": (ss, ss), "ssdd": (ss, dd), "dddd": (dd, dd)}[name]
+                value = (left * w.unsqueeze(-1)).mT @ right
             table[where] = value.reshape(d, d, d, d)
-    return tables[0], tables[1], tables[2], tables[3]
+    return tables
+
+
+def _bent(act: Activation, z: Tensor, w: Tensor, s: Tensor, slope: Tensor, dd: Tensor, block: Tensor) -> Tensor:
+    if act.kinks:
+        return _bent_by_parts(z, w, s, slope, _inverse(block), dd)
+    d = z.shape[-1]
+    # [i, l, j, k] -> [i, j, k, l]
+    ends = (_products(act.derivative(z, 2), s) * w.unsqueeze(-1)).mT
+    return (ends @ dd).reshape(d, d, d, d).permute(0, 2, 3, 1)
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:

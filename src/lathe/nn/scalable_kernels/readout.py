@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Shaped
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from torch import Tensor
 
 __all__ = ["NormalEquations", "fit_bundled", "one_hot"]
@@ -91,7 +92,7 @@ class NormalEquations:
             counts = y if root is None else y * root[rows].square()
             if root is not None:
                 p, y = p * root[rows], y * root[rows]
-            parts = _gram(p), (y.T @ p).T, counts.sum(0)
+            parts = _product(p, p), _product(p, y), counts.sum(0)
             if self.gram is None or self.moments is None or self.counts is None:
                 self.gram, self.moments, self.counts = parts
             else:
@@ -115,22 +116,30 @@ class NormalEquations:
         return torch.cat([weight, offset[:, None]], 1)
 
 
-def _gram(p: Tensor) -> Tensor:
-    """p^T p; of a large one, only what lies on and below the diagonal is multiplied out."""
-    half = p.shape[1] // 2
-    if half <= 256:
-        return p.T @ p
-    left, right = p[:, :half], p[:, half:]
-    across = right.T @ left
-    return torch.cat([torch.cat([_gram(left), across.T], 1), torch.cat([across, _gram(right)], 1)])
+def _product(p: Tensor, q: Tensor) -> Tensor:
+    """p^T q; on CPUs by NumPy, whose BLAS multiplies out only half of p^T p."""
+    if p.device.type != "cpu":
+        return p.T @ q
+    left = p.numpy()
+    return torch.from_numpy(left.T @ (left if q is p else q.numpy()))
 
 
 def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     gram = gram.clone()
     gram.diagonal().add_(ridge)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed) or not bool(factor.isfinite().all()):
+    failed = False
+    if gram.device.type == "cpu":
+        try:
+            factor, lower = cho_factor(gram.numpy(), lower=True, overwrite_a=True, check_finite=False)
+        except LinAlgError:
+            failed = True
+        else:
+            solved = torch.from_numpy(cho_solve((factor, lower), right.numpy(), check_finite=False))
+    else:
+        cholesky, info = torch.linalg.cholesky_ex(gram)
+        failed, solved = bool(info), torch.cholesky_solve(right, cholesky)
+    if failed or not bool(solved.isfinite().all()):
         raise ValueError(
             f"ridge must be larger: the features are linearly dependent or not finite, and {ridge} is too little"
         )
-    return torch.cholesky_solve(right, factor)
+    return solved

@@ -97,7 +97,7 @@ assert hull_metrics(points, outlines).failed == 0                               
             teacher_n=10,
             teacher_steps=6000,
             delaunay_n=5,
-            delaunay_steps=6000,
+            delaunay_steps=12_000,
             delaunay_hidden=128,
             delaunay_lr=2e-3,
             longer=10,

@@ -224,7 +224,11 @@ _NAMED = {
     ),
     "abs": _piecewise_linear(-1.0, 1.0, "abs"),
     "square": Activation(
-        torch.square, lambda z: 2 * z, lambda z: torch.full_like(z, 2.0), name="square", pair=closed.polynomial((0, 0, 1))
+        torch.square,
+        lambda z: 2 * z,
+        lambda z: torch.full_like(z, 2.0),
+        name="square",
+        pair=closed.polynomial((0, 0, 1)),
     ),
     "exp": Activation(torch.exp, torch.exp, torch.exp, name="exp", pair=closed.exponential),
     "gaussian": Activation(

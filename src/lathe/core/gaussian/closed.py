@@ -122,7 +122,7 @@ def bell(kaa: Tensor, kab: Tensor, kbb: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def piecewise_constant(below: float, above: float) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Moments of the function that is `below` for negative and `above` for positive z: the arc-cosine kernel of order 0.
+    """Moments of `below` for negative and `above` for positive z: the arc-cosine kernel of order 0.
 
     The derivative is taken to be zero: the delta function at zero is left out.
     """

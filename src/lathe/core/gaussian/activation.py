@@ -297,7 +297,14 @@ def _of_module(module: nn.Module) -> Activation:
         kinks = (float(module.min_val), float(module.max_val))
     elif isinstance(module, (nn.ELU, nn.CELU)):
         kinks = (0.0,)
-    return Activation(_pure(module), kinks=kinks, name=kind.__name__.lower())
+    elif isinstance(module, nn.Hardsigmoid):
+        kinks = (-3.0, 3.0)
+    elif isinstance(module, (nn.Softshrink, nn.Hardshrink)):
+        kinks = (-float(module.lambd), float(module.lambd))
+    elif isinstance(module, nn.Threshold):
+        kinks = (float(module.threshold),)
+    jumps = isinstance(module, nn.Hardshrink) or (isinstance(module, nn.Threshold) and module.threshold != module.value)
+    return Activation(_pure(module), kinks=kinks, name=kind.__name__.lower(), jumps=jumps)
 
 
 def _pure(module: nn.Module) -> Pointwise:

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from lathe.core.gaussian import Activation, ActivationLike, activation
+from lathe.core.gaussian.traced import activation_of
 
 __all__ = ["WeightLayer", "weight_layers"]
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_ACTIVATION_MODULES = (
-    *(nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
-    *(nn.Softsign, nn.Tanh, nn.Hardtanh, nn.ReLU6, nn.Sigmoid, nn.LogSigmoid, nn.Hardswish, nn.Hardsigmoid),
-    *(nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold),
-)
-_ACTIVATION_FUNCTIONS: frozenset[Any] = frozenset(
-    (
-        *(torch.relu, torch.tanh, torch.sin, torch.cos, torch.erf, torch.sigmoid, torch.selu, torch.special.erf),
-        *(F.relu, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus, F.softsign, F.tanh),
-        *(F.hardtanh, F.relu6, F.sigmoid, F.logsigmoid, F.hardswish, F.hardsigmoid),
-    )
-)
-_ACTIVATION_METHODS = {"relu": "relu", "tanh": "tanh", "sin": "sin", "cos": "cos", "erf": "erf", "sigmoid": "sigmoid"}
 _SUMS: frozenset[Any] = frozenset([operator.add, operator.iadd, torch.add, "add", "add_"])
 
 
@@ -93,7 +78,7 @@ def _from_graph(traced: fx.GraphModule, override: Activation | None) -> list[Wei
     def feeding(node: fx.Node) -> Activation | None:
         """The activation met first when walking from `node` towards the input; None where the input is met first."""
         if node not in fed:
-            found = _activation_of(node, modules)
+            found = activation_of(node, modules)
             if found is None and node.op != "placeholder":
                 if _is_weighted(node, modules):
                     found = activation("linear")
@@ -120,31 +105,6 @@ def _is_weighted(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.op == "call_module" and isinstance(modules[str(node.target)], _WEIGHTED)
 
 
-def _activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
-    if node.op == "call_module" and isinstance(modules[str(node.target)], _ACTIVATION_MODULES):
-        return activation(modules[str(node.target)])
-    if node.op == "call_method" and node.target in _ACTIVATION_METHODS:
-        return activation(_ACTIVATION_METHODS[str(node.target)])
-    if node.op == "call_function" and node.target in _ACTIVATION_FUNCTIONS:
-        return _of_call(node)
-    return None
-
-
-def _of_call(node: fx.Node) -> Activation:
-    function: Callable[..., Any] = node.target  # type: ignore[assignment]
-    options = {key: value for key, value in node.kwargs.items() if key not in ("input", "inplace")}
-    rest = node.args[1:]
-    if function is F.leaky_relu:
-        slope: Any = options.get("negative_slope", rest[0] if rest else 0.01)
-        return activation(nn.LeakyReLU(slope))
-    if function is F.gelu:
-        return activation(nn.GELU(str(options.get("approximate", "none"))))
-    known = activation(function)
-    if not options and not [value for value in rest if not isinstance(value, bool)]:
-        return known
-    return Activation(functools.partial(function, **options), kinks=known.kinks, name=known.name)
-
-
 def _closes_branch(layer: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the layer's output is added, with no activation between, to a stream that leaves the graph before it."""
     upstream = _ancestors(layer)
@@ -156,7 +116,7 @@ def _closes_branch(layer: fx.Node, modules: dict[str, nn.Module]) -> bool:
                 others = [_ancestors(source) | {source} for source in user.all_input_nodes]
                 if any(layer not in other and other & upstream for other in others):
                     return True
-            elif _activation_of(user, modules) is None and not _is_weighted(user, modules):
+            elif activation_of(user, modules) is None and not _is_weighted(user, modules):
                 pending.append(user)
     return False
 

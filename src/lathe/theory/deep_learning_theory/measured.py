@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +11,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vmap
 
 from lathe.core.gaussian import ActivationLike
+from lathe.theory import kernels
 from lathe.theory.deep_learning_theory.criticality import critical_point
 from lathe.theory.deep_learning_theory.initialization import _first_activation
 from lathe.theory.deep_learning_theory.kernels import check_hyperparameters
 from lathe.theory.deep_learning_theory.layers import weight_layers
 from lathe.theory.deep_learning_theory.single import finite_width_single, susceptibilities
+from lathe.theory.kernels.empirical import Rates
 
 __all__ = ["DepthReport", "depth_report", "empirical_dntk", "empirical_ntk", "learning_rate_tensor"]
 
-Rates = Mapping[str, float | Tensor]
 #: Relative size of the perturbations by which susceptibilities are measured.
 _NUDGE = 1e-3
 
@@ -42,13 +42,7 @@ def empirical_ntk(
 
     `lr_tensor` gives the `lambda`s by parameter name (`learning_rate_tensor`), as numbers or tensors; 1 by default.
     """
-    parameters, rates = _parameters(model, lr_tensor)
-    jacobian = jacrev(lambda p: _outputs(model, p, x))(parameters)
-    total: Any = 0.0
-    for name, value in jacobian.items():
-        flat = value.flatten(2)
-        total = total + torch.einsum("aip,bjp->abij", flat * _flat_rate(rates[name], parameters[name]), flat)
-    return total
+    return kernels.empirical_ntk(model, x, outputs="full", rates=lr_tensor)
 
 
 def empirical_dntk(

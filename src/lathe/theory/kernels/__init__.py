@@ -6,6 +6,7 @@ nngp, ntk = net(x1, x2)
 
 from __future__ import annotations
 
+from lathe.theory.kernels.empirical import empirical_ntk
 from lathe.theory.kernels.images import AvgPool, Conv, Flatten, GlobalAvgPool
 from lathe.theory.kernels.layers import (
     Activation,
@@ -18,6 +19,8 @@ from lathe.theory.kernels.layers import (
     Sequential,
     Sum,
 )
+from lathe.theory.kernels.reading import from_module
+from lathe.theory.kernels.regression import GradientFlow, KernelRegression, Prediction, posterior
 
 __all__ = [
     "Activation",
@@ -26,11 +29,17 @@ __all__ = [
     "Dense",
     "Flatten",
     "GlobalAvgPool",
+    "GradientFlow",
+    "KernelRegression",
     "Kernels",
     "Layer",
     "LayerNorm",
+    "Prediction",
     "Residual",
     "Scale",
     "Sequential",
     "Sum",
+    "empirical_ntk",
+    "from_module",
+    "posterior",
 ]

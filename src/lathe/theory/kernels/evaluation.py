@@ -132,6 +132,7 @@ class Plan:
     def of(cls, network: Layer, x: Tensor, tangents: bool) -> Plan:
         layers = network.layers if isinstance(network, Sequential) else (network,)
         sizes = tuple(x.shape[2:])
+        network.gaussian(False)
         left = network.sizes(sizes)
         if left:
             raise ValueError(f"the network ends with images of size {left}; end it with Flatten() or GlobalAvgPool()")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lathe.theory.kernels.fields import Field, filter_axis, wrap_axis
-from lathe.theory.kernels.layers import Layer, Sizes, non_negative, rates, shift, weigh
+from lathe.theory.kernels.layers import Layer, Sizes, Weighted
 
 __all__ = ["AvgPool", "Conv", "Flatten", "GlobalAvgPool"]
 
@@ -53,7 +53,7 @@ def _check_window(**values: int | tuple[int, ...] | None) -> None:
 
 
 @dataclass(frozen=True)
-class Conv(Layer):
+class Conv(Weighted):
     """A convolution over one or two dimensions of space; weights have variance `weight_variance / fan_in`.
 
     Grouped convolutions have the same kernels, as long as there are many channels in a group.
@@ -80,9 +80,7 @@ class Conv(Layer):
     padding_mode: Literal["zeros", "circular"] = "zeros"
 
     def __post_init__(self) -> None:
-        non_negative(weight_variance=self.weight_variance, bias_variance=self.bias_variance)
-        non_negative(weight_rate=self.weight_rate, bias_rate=self.bias_rate, fan_in=self.fan_in)
-        rates(self)
+        super().__post_init__()
         if self.padding_mode not in ("zeros", "circular"):
             raise ValueError(f"padding_mode must be 'zeros' or 'circular', got {self.padding_mode!r}")
         _check_window(kernel_size=self.kernel_size, stride=self.stride, dilation=self.dilation)
@@ -104,17 +102,13 @@ class Conv(Layer):
         ]
         object.__setattr__(self, "padding", pads[0] if len(set(pads)) == 1 else tuple(pads))
 
-    @property
-    def fresh(self) -> bool:
-        return True
-
     def sizes(self, sizes: Sizes) -> Sizes:
         return _window_sizes(sizes, *_window(self, sizes), _tuple(self.dilation, len(sizes), "dilation"))
 
     def propagate(self, f: Field) -> Field:
         kernel, stride, padding = _window(self, f.sizes)
         dilation = _tuple(self.dilation, len(f.sizes), "dilation")
-        weigh(self, f, math.prod(kernel))
+        self.weigh(f, math.prod(kernel))
         for i in range(len(f.sizes)):
             pad = padding[i]
             if self.padding_mode == "circular" and pad:
@@ -128,7 +122,7 @@ class Conv(Layer):
             f.sizes = (*f.sizes[:i], out, *f.sizes[i + 1 :])
             offset = f.offsets[i]
             f.offsets = (*f.offsets[:i], None if offset is None else offset // stride[i], *f.offsets[i + 1 :])
-        shift(self, f)
+        self.shift(f)
         return f
 
 

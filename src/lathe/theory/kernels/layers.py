@@ -12,14 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lathe.core import gaussian
-from lathe.core.gaussian import ActivationLike, BlockMoments
+from lathe.core.gaussian import ActivationLike, BlockMoments, activation, check_second_moment
 from lathe.theory.kernels.fields import Field
 
 __all__ = [
@@ -33,10 +32,6 @@ __all__ = [
     "Sequential",
     "Sum",
     "Weighted",
-    "non_negative",
-    "rates",
-    "shift",
-    "weigh",
 ]
 
 Sizes: TypeAlias = tuple[int, ...]
@@ -118,68 +113,78 @@ class Layer:
         """Positions that come out where `sizes` go in, `()` for flat features."""
         return sizes
 
+    def gaussian(self, before: bool) -> bool:
+        """Whether outputs are Gaussian over random weights, where inputs are or are not."""
+        return before
+
     def propagate(self, f: Field) -> Field:
         """Kernels of the outputs from those of the inputs; `f` may be changed, its tensors not."""
         raise NotImplementedError
 
 
-def non_negative(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a number that is not negative, got {value}")
+def _non_negative(name: str, value: float | None) -> None:
+    if value is not None and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a number that is not negative, got {value}")
 
 
-class Weighted(Protocol):
-    """A layer with weights and biases."""
+class Weighted(Layer):
+    """A layer that ends with a sum over random weights."""
 
-    @property
-    def weight_variance(self) -> float: ...
-    @property
-    def bias_variance(self) -> float: ...
-    @property
-    def parametrization(self) -> str: ...
-    @property
-    def fan_in(self) -> int | None: ...
-    @property
-    def weight_rate(self) -> float | None: ...
-    @property
-    def bias_rate(self) -> float | None: ...
+    weight_variance: float
+    bias_variance: float
+    parametrization: Literal["ntk", "standard"]
+    fan_in: int | None
+    weight_rate: float | None
+    bias_rate: float | None
 
-
-def rates(layer: Weighted) -> tuple[float, float]:
-    """The learning rates of weights (times fan-in) and biases."""
-    if layer.parametrization not in ("ntk", "standard"):
-        raise ValueError(f"parametrization must be 'ntk' or 'standard', got {layer.parametrization!r}")
-    weight, bias = layer.weight_rate, layer.bias_rate
-    if layer.parametrization == "standard":
-        if weight is None and layer.fan_in is None:
+    def __post_init__(self) -> None:
+        for name in ("weight_variance", "bias_variance", "weight_rate", "bias_rate", "fan_in"):
+            _non_negative(name, getattr(self, name))
+        if self.parametrization not in ("ntk", "standard"):
+            raise ValueError(f"parametrization must be 'ntk' or 'standard', got {self.parametrization!r}")
+        if self.parametrization == "standard" and self.weight_rate is None and self.fan_in is None:
             raise ValueError(
                 "the standard parametrization needs fan_in, the inputs that a unit sums: its NTK grows with it"
             )
-        return (float(layer.fan_in or 0) if weight is None else weight), (1.0 if bias is None else bias)
-    return (layer.weight_variance if weight is None else weight), (layer.bias_variance if bias is None else bias)
 
+    @property
+    def fresh(self) -> bool:
+        return True
 
-def weigh(layer: Weighted, f: Field, window: float = 1.0) -> None:
-    """`K -> W K`, `Theta -> rate_W K + W Theta`, each over the `window` terms that are summed next."""
-    weight = layer.weight_variance / window
-    if f.tangents:
-        own = torch.mul(f.nngp, rates(layer)[0] / window)
-        f.ntk = own if f.ntk is None else own.add_(f.ntk, alpha=weight)
-    f.nngp = torch.mul(f.nngp, weight)
-    f.mean = None
+    def gaussian(self, before: bool) -> bool:
+        return True
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The learning rates of weights (times fan-in) and biases."""
+        if self.parametrization == "standard":
+            weight, bias = float(self.fan_in or 0), 1.0
+        else:
+            weight, bias = self.weight_variance, self.bias_variance
+        return (
+            weight if self.weight_rate is None else self.weight_rate,
+            bias if self.bias_rate is None else self.bias_rate,
+        )
 
-def shift(layer: Weighted, f: Field) -> None:
-    """Adds the biases: `K -> K + b`, `Theta -> Theta + rate_b`; both have been made anew by now."""
-    if layer.bias_variance:
-        f.nngp = f.nngp.add_(layer.bias_variance)
-    if f.ntk is not None and rates(layer)[1]:
-        f.ntk = f.ntk.add_(rates(layer)[1])
+    def weigh(self, f: Field, window: float = 1.0) -> None:
+        """`K -> W K`, `Theta -> rate_W K + W Theta`, each over the `window` terms that are summed next."""
+        weight = self.weight_variance / window
+        if f.tangents:
+            own = torch.mul(f.nngp, self.rates[0] / window)
+            f.ntk = own if f.ntk is None else own.add_(f.ntk, alpha=weight)
+        f.nngp = torch.mul(f.nngp, weight)
+        f.mean = None
+
+    def shift(self, f: Field) -> None:
+        """Adds the biases: `K -> K + b`, `Theta -> Theta + rate_b`; both have been made anew by now."""
+        if self.bias_variance:
+            f.nngp = f.nngp.add_(self.bias_variance)
+        if f.ntk is not None and self.rates[1]:
+            f.ntk = f.ntk.add_(self.rates[1])
 
 
 @dataclass(frozen=True)
-class Dense(Layer):
+class Dense(Weighted):
     """A fully connected layer; its weights have variance `weight_variance / fan_in`.
 
     Args:
@@ -203,15 +208,6 @@ class Dense(Layer):
     weight_rate: float | None = None
     bias_rate: float | None = None
 
-    def __post_init__(self) -> None:
-        non_negative(weight_variance=self.weight_variance, bias_variance=self.bias_variance)
-        non_negative(weight_rate=self.weight_rate, bias_rate=self.bias_rate, fan_in=self.fan_in)
-        rates(self)
-
-    @property
-    def fresh(self) -> bool:
-        return True
-
     def sizes(self, sizes: Sizes) -> Sizes:
         if sizes:
             raise ValueError(
@@ -221,8 +217,8 @@ class Dense(Layer):
         return ()
 
     def propagate(self, f: Field) -> Field:
-        weigh(self, f)
-        shift(self, f)
+        self.weigh(f)
+        self.shift(f)
         return f
 
 
@@ -242,14 +238,22 @@ class Activation(Layer):
     function: ActivationLike = "relu"
 
     def __post_init__(self) -> None:
-        gaussian.activation(self.function)
+        activation(self.function)
 
     @property
     def transparent(self) -> bool:
         return False
 
+    def gaussian(self, before: bool) -> bool:
+        if not before:
+            raise ValueError(
+                f"{self} takes units that are no sums over random weights (inputs, or outputs of an activation, maybe "
+                "added to something), which are not Gaussian; put Dense or Conv before it, on every branch of a sum"
+            )
+        return False
+
     def propagate(self, f: Field) -> Field:
-        act = gaussian.activation(self.function)
+        act = activation(self.function)
         if f.tangents and f.ntk is not None and act.jumps:
             raise ValueError(
                 f"activation {act.name} jumps, and a network with it has no NTK; ask for kernels=('nngp',) only"
@@ -258,7 +262,7 @@ class Activation(Layer):
         def moments() -> BlockMoments:
             variance = f.variance()
             if act.pair is None:
-                gaussian.check_second_moment(act, variance)
+                check_second_moment(act, variance)
             return BlockMoments(act, variance)
 
         known: BlockMoments = f.tape.note(moments)
@@ -266,9 +270,11 @@ class Activation(Layer):
         if f.tape.recording and f.means:
             f.mean = known.mean()
         if f.single:
-            kernel, slope = [moment[..., f.rows, None] for moment in known.alone()]
+            square, steepness = known.alone()
+            found: tuple[Tensor, Tensor | None] = square[..., f.rows, None], steepness[..., f.rows, None]
         else:
-            kernel, slope = known(f.nngp, f.left, f.right, (f.rows, f.columns), wanted)
+            found = known(f.nngp, f.left, f.right, (f.rows, f.columns), wanted)
+        kernel, slope = found
         if f.tape.recording and not torch.isfinite(kernel).all():
             raise ValueError(f"activation {act.name} has no finite second moment at the variances that reach it")
         f.nngp = kernel
@@ -294,7 +300,7 @@ class LayerNorm(Layer):
     positions: bool = True
 
     def __post_init__(self) -> None:
-        non_negative(eps=self.eps)
+        _non_negative("eps", self.eps)
 
     def propagate(self, f: Field) -> Field:
         def norms() -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -361,6 +367,11 @@ class Sequential(Layer):
     def transparent(self) -> bool:
         return all(layer.transparent for layer in self.layers)
 
+    def gaussian(self, before: bool) -> bool:
+        for layer in self.layers:
+            before = layer.gaussian(before)
+        return before
+
     def sizes(self, sizes: Sizes) -> Sizes:
         for layer in self.layers:
             sizes = layer.sizes(sizes)
@@ -410,6 +421,10 @@ class Sum(Layer):
     @property
     def transparent(self) -> bool:
         return all(branch.transparent or branch.fresh for branch in self.branches)
+
+    def gaussian(self, before: bool) -> bool:
+        found = [branch.gaussian(before) for branch in self.branches]  # each branch is to be checked
+        return all(found)
 
     def sizes(self, sizes: Sizes) -> Sizes:
         found = [branch.sizes(sizes) for branch in self.branches]

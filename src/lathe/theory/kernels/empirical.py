@@ -1,0 +1,307 @@
+"""The empirical NTK of a finite network, in blocks of inputs, from what goes into its layers and what comes back.
+
+The gradient of an output by the weights of a linear layer is an outer product, of the layer's input and of the gradient
+by its output: inner products of such gradients factorise and need no gradient by weights at all. For convolutions the
+cheaper of both ways is taken; all other parameters go through Jacobians of `torch.func`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+from torch.nn import functional as F
+
+__all__ = ["Rates", "empirical_ntk"]
+
+Rates: TypeAlias = Mapping[str, float | Tensor]
+Outputs: TypeAlias = Literal["trace", "full", "diagonal"]
+
+#: Numbers that are kept of one block of inputs (256 MiB in float64).
+_BLOCK = 1 << 25
+
+
+def empirical_ntk(
+    model: nn.Module,
+    x1: Float[Tensor, "n *features"],
+    x2: Float[Tensor, "m *features"] | None = None,
+    *,
+    outputs: Outputs = "trace",
+    parameters: Sequence[str] | None = None,
+    rates: Rates | None = None,
+    block: int | None = None,
+) -> Float[Tensor, "n m *outputs"]:
+    """`sum_mu rate_mu (dz_i(x1_a) / dtheta_mu) (dz_j(x2_b) / dtheta_mu)` of this network, as it is.
+
+    Outputs are flattened to `(n, outputs)`. The network has to treat its inputs one by one.
+
+    Args:
+        model: any module; it is not changed.
+        x1, x2: inputs; x1 with itself where x2 is left out.
+        outputs: "trace": the mean over outputs of the kernel of each with itself, (n, m), which for a wide network is
+            near its infinitely wide NTK; "diagonal": of each output with itself, (n, m, outputs); "full":
+            (n, m, outputs, outputs).
+        parameters: names of those that count; by default all that require gradients.
+        rates: learning rates by name, numbers or tensors; 1 by default.
+        block: inputs that are worked on at a time; by default so many that some hundred MB suffice.
+
+    Raises:
+        ValueError: for an unknown `outputs`, names that are no parameters, rates below zero, or a network that mixes
+            the inputs of a batch (BatchNorm while training).
+    """
+    if outputs not in ("trace", "full", "diagonal"):
+        raise ValueError(f"outputs must be 'trace', 'diagonal' or 'full', got {outputs!r}")
+    if block is not None and block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    if any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise ValueError(
+            "model mixes the inputs of a batch, as it has BatchNorm while training; call model.eval() first"
+        )
+    known = dict(model.named_parameters())
+    unknown = (set(parameters or ()) | set(rates or ())) - set(known)
+    if unknown:
+        raise ValueError(
+            f"parameters and rates must name parameters of model, these are no parameters: {', '.join(sorted(unknown))}"
+        )
+    wanted = [name for name, p in known.items() if (p.requires_grad if parameters is None else name in parameters)]
+    chosen: dict[str, float | Tensor] = {name: (rates or {}).get(name, 1.0) for name in wanted}
+    if any(bool((torch.as_tensor(rate) < 0).any()) for rate in chosen.values()):
+        raise ValueError("rates must not be negative")
+    if not chosen:
+        raise ValueError("model has no parameters that count")
+    gradients = _Gradients(model, chosen, outputs, x1[:1])
+    size = block or gradients.block
+    rows: list[list[Tensor]] = []
+    for i, left in _blocks(gradients, x1, size):
+        row = []
+        if x2 is None:
+            for j in range(0, i, size):  # known already, from the other side
+                known_block = rows[j // size][i // size].transpose(0, 1)
+                row.append(known_block.transpose(2, 3) if outputs == "full" else known_block)
+            row.append(_kernel(left, left, outputs))
+            row += [_kernel(left, right, outputs) for _, right in _blocks(gradients, x1, size, i + size)]
+        else:
+            row = [_kernel(left, right, outputs) for _, right in _blocks(gradients, x2, size)]
+        rows.append(row)
+    return torch.cat([torch.cat(row, 1) for row in rows])
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Gradients by a layer's weights and biases: at each position what goes in, times what comes back.
+
+    Attributes:
+        h: (inputs, positions, fan-in), with a one for the bias, each times the root of its learning rate.
+        d: (inputs, outputs, positions, units).
+    """
+
+    h: Tensor
+    d: Tensor
+
+
+def _blocks(gradients: _Gradients, x: Tensor, size: int, start: int = 0) -> Iterator[tuple[int, Parts]]:
+    for i in range(start, len(x), size):
+        yield i, gradients(x[i : i + size])
+
+
+def _kernel(left: Parts, right: Parts, outputs: Outputs) -> Tensor:
+    return sum((_part(a, b, outputs) for a, b in zip(left[1:], right[1:])), _part(left[0], right[0], outputs))
+
+
+def _part(a: _Factors | Tensor, b: _Factors | Tensor, outputs: Outputs) -> Tensor:
+    if isinstance(a, Tensor):  # Jacobians, (inputs, outputs, parameters)
+        assert isinstance(b, Tensor)
+        return _inner(a, b, outputs)
+    assert isinstance(b, _Factors)
+    n, p, fan_in = a.h.shape
+    m = len(b.h)
+    if p == 1:
+        inputs = a.h[:, 0] @ b.h[:, 0].mT
+        back = _inner(a.d.squeeze(2), b.d.squeeze(2), outputs)
+        return inputs.reshape(n, m, *(1,) * (back.ndim - 2)) * back
+    # Only for traces: sums over pairs of positions, a few inputs at a time.
+    k = a.d.shape[1]
+    flat_h = b.h.reshape(m * p, fan_in)
+    flat_d = b.d.transpose(1, 2).reshape(m * p, -1)
+    rows = []
+    for h, d in zip(*[each.split(max(1, (1 << 23) // (m * p * p))) for each in (a.h, a.d)]):
+        product = (h.flatten(0, 1) @ flat_h.mT).mul_(d.transpose(1, 2).reshape(len(h) * p, -1) @ flat_d.mT)
+        rows.append(product.reshape(len(h), p, m, p).sum((1, 3)) / k)
+    return torch.cat(rows)
+
+
+def _inner(a: Tensor, b: Tensor, outputs: Outputs) -> Tensor:
+    """Inner products over the last axis of (n, outputs, P) and (m, outputs, P)."""
+    n, k, _ = a.shape
+    if outputs == "trace":
+        return a.flatten(1) @ b.flatten(1).mT / k
+    if outputs == "diagonal":
+        return torch.bmm(a.transpose(0, 1), b.permute(1, 2, 0)).permute(1, 2, 0)
+    return (a.flatten(0, 1) @ b.flatten(0, 1).mT).reshape(n, k, len(b), k).transpose(1, 2)
+
+
+class _Gradients:
+    """What the kernel of a block of inputs is made of: factors for layers, Jacobians for all other parameters."""
+
+    def __init__(self, model: nn.Module, rates: dict[str, float | Tensor], outputs: Outputs, example: Tensor) -> None:
+        self.model, self.rates, self.outputs = model, rates, outputs
+        self.layers: dict[str, nn.Linear | nn.Conv2d] = {}
+        self.others = dict.fromkeys(rates)
+        for name, module in model.named_modules():
+            if not _is_plain(module) or not self._owns(name, module):
+                continue
+            self.layers[name] = module  # type: ignore[assignment]
+            for key in ("weight", "bias"):
+                self.others.pop(_join(name, key), None)
+        self._check_layers(example)
+        example_parts = self(example)
+        self.block = max(1, _BLOCK // max(1, sum(_numbers(part) for part in example_parts)))
+
+    def __call__(self, x: Tensor) -> Parts:
+        parts: Parts = []
+        if self.layers:
+            found = self._factors(x)
+            parts += [self._cheapest(factors) for factors in found.values()]
+        if self.others:
+            parts.append(self._jacobian(x))
+        return parts
+
+    def _owns(self, name: str, module: nn.Module) -> bool:
+        """Whether the layer's parameters are wanted, with rates that are numbers, and belong to nothing else."""
+        names = [_join(name, key) for key, value in module.named_parameters(recurse=False) if value is not None]
+        rates = [self.rates[each] for each in names if each in self.rates]
+        own = {id(value) for value in module.parameters(recurse=False)}
+        elsewhere = [
+            other
+            for other in self.model.modules()
+            if other is not module and own & {id(value) for value in other.parameters(recurse=False)}
+        ]
+        return bool(rates) and not elsewhere and not any(isinstance(rate, Tensor) for rate in rates)
+
+    def _check_layers(self, example: Tensor) -> None:
+        """Keeps as layers those alone whose factors give the whole gradient of their parameters."""
+        if not self.layers:
+            return
+        found = self._factors(example)
+        names = [each for name in self.layers for each in self._names(name)]
+        values = dict(self.model.named_parameters())
+        state = {name: values[name].detach().requires_grad_() for name in names}
+        with torch.enable_grad():
+            out = functional_call(self.model, state, (example,)).flatten(1)
+            gradients = torch.autograd.grad(out[:, 0].sum(), list(state.values()), allow_unused=True)
+        whole = dict(zip(state, gradients))
+        for name in list(self.layers):
+            factors = found.get(name)
+            good = factors is not None
+            if factors is not None:
+                made = torch.einsum("apf,apu->uf", factors.h, factors.d[:, 0])
+                column = 0
+                for each in self._names(name):
+                    rate = float(self.rates[each]) ** 0.5
+                    width = 1 if each.endswith("bias") else factors.h.shape[-1] - self._has_bias(name)
+                    part = made[:, column : column + width]
+                    column += width
+                    expected = whole[each]
+                    flat = torch.zeros_like(part) if expected is None else rate * expected.reshape(len(part), -1)
+                    good = good and torch.allclose(part, flat, rtol=1e-3, atol=1e-4 * float(flat.abs().max()) + 1e-12)
+            if not good:
+                del self.layers[name]
+                self.others.update(dict.fromkeys(self._names(name)))
+
+    def _has_bias(self, name: str) -> int:
+        return int(_join(name, "bias") in self.rates)
+
+    def _names(self, name: str) -> list[str]:
+        """The layer's parameters that are wanted, weights first."""
+        return [each for each in (_join(name, "weight"), _join(name, "bias")) if each in self.rates]
+
+    def _factors(self, x: Tensor) -> dict[str, _Factors]:
+        """What goes into each layer and, for each output, the gradient by what comes out."""
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
+
+        def keep(name: str) -> Any:
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                seen[name].append((arguments[0].detach(), output))
+                return output.clone()  # what follows may write into its input
+
+            return hook
+
+        handles = [module.register_forward_hook(keep(name)) for name, module in self.layers.items()]
+        state = {name: value.detach().requires_grad_() for name, value in self.model.named_parameters()}
+        try:
+            with torch.enable_grad():
+                out = functional_call(self.model, state, (x,)).flatten(1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        called = {name: calls[0] for name, calls in seen.items() if len(calls) == 1 and len(calls[0][0]) == len(x)}
+        ends = [output for _, output in called.values()]
+        back: list[list[Tensor]] = [[] for _ in ends]
+        for i in range(out.shape[1]):
+            gradients = torch.autograd.grad(out[:, i].sum(), ends, retain_graph=True, allow_unused=True)
+            for place, (gradient, end) in enumerate(zip(gradients, ends)):
+                back[place].append(torch.zeros_like(end) if gradient is None else gradient)
+        found = {}
+        for (name, (entered, _)), gradients_of in zip(called.items(), back):
+            found[name] = self._arranged(name, entered, torch.stack(gradients_of, 1))
+        return found
+
+    def _arranged(self, name: str, h: Tensor, d: Tensor) -> _Factors:
+        module = self.layers[name]
+        if isinstance(module, nn.Linear):
+            h = h.reshape(len(h), -1, h.shape[-1])
+            d = d.reshape(*d.shape[:2], -1, d.shape[-1])
+        else:
+            h = F.unfold(h, module.kernel_size, module.dilation, module.padding, module.stride).mT  # type: ignore[arg-type]
+            d = d.flatten(3).mT
+        weight, bias = (self.rates.get(_join(name, key)) for key in ("weight", "bias"))
+        columns = [] if weight is None else [h * float(weight) ** 0.5]
+        if bias is not None:
+            columns.append(torch.full_like(h[..., :1], float(bias) ** 0.5))
+        return _Factors(torch.cat(columns, -1), d)
+
+    def _cheapest(self, factors: _Factors) -> _Factors | Tensor:
+        """Factors as they are, or multiplied out to gradients by the weights."""
+        _, p, fan_in = factors.h.shape
+        k, units = factors.d.shape[1], factors.d.shape[3]
+        apart = p * p * (fan_in + k * units)  # operations for a pair of inputs
+        if p == 1 or (self.outputs == "trace" and apart < k * fan_in * units):
+            return factors
+        n = len(factors.h)
+        gradient = torch.bmm(factors.d.transpose(2, 3).flatten(1, 2), factors.h)
+        return gradient.reshape(n, k, units * fan_in)
+
+    def _jacobian(self, x: Tensor) -> Tensor:
+        values = {name: value.detach() for name, value in self.model.named_parameters()}
+        state = {name: values[name] for name in self.others}
+
+        def single(state: dict[str, Tensor], one: Tensor) -> Tensor:
+            return functional_call(self.model, state, (one.unsqueeze(0),)).flatten()
+
+        jacobians = vmap(jacrev(single), (None, 0))(state, x)
+        parts = []
+        for name, value in jacobians.items():
+            root = torch.as_tensor(self.rates[name], dtype=value.dtype, device=value.device).sqrt()
+            parts.append((value * root).flatten(2))
+        return torch.cat(parts, -1)
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) is nn.Linear:
+        return True
+    return type(module) is nn.Conv2d and (
+        module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    )
+
+
+def _numbers(part: _Factors | Tensor) -> int:
+    return part.numel() if isinstance(part, Tensor) else part.h.numel() + part.d.numel()

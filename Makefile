@@ -9,9 +9,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 run: $(VENV)/ready            ## every study at smoke scale, then the gallery in site/
 	$(BIN)/lathe run
 
-test: $(VENV)/ready           ## all tests: with shapes checked, then those that compile or take times
+test: $(VENV)/ready           ## all tests: with shapes checked, then those that compile, then those that take times
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not compile and not timed"
-	OMP_NUM_THREADS=1 LATHE_SHAPE_CHECKS=0 $(BIN)/python -m pytest -m "compile or timed"
+	OMP_NUM_THREADS=1 LATHE_SHAPE_CHECKS=0 $(BIN)/python -m pytest -n auto --dist worksteal -m "compile and not timed"
+	OMP_NUM_THREADS=1 LATHE_SHAPE_CHECKS=0 $(BIN)/python -m pytest -m timed
 
 lint: $(VENV)/ready           ## ruff, mypy and the import contract
 	$(BIN)/ruff check .

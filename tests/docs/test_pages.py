@@ -30,7 +30,7 @@ def test_the_example_of_a_paper_runs_as_pasted(slug, tmp_path):
     run(studies.load(slug).example, tmp_path)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/replace-a-layer.md"])
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])
 def test_every_python_block_of_a_page_runs_as_pasted(page, tmp_path):
     blocks = re.findall(r"```python\n(.*?) *```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks or page != "README.md"

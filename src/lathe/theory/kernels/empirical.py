@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 __all__ = ["Rates", "empirical_ntk"]
 
 Rates: TypeAlias = Mapping[str, float | Tensor]
-Outputs: TypeAlias = Literal["trace", "full", "diagonal"]
+
 
 #: Numbers that are kept of one block of inputs (256 MiB in float64).
 _BLOCK = 1 << 25
@@ -31,7 +31,7 @@ def empirical_ntk(
     x1: Float[Tensor, "n *features"],
     x2: Float[Tensor, "m *features"] | None = None,
     *,
-    outputs: Outputs = "trace",
+    outputs: str = "trace",
     parameters: Sequence[str] | None = None,
     rates: Rates | None = None,
     block: int | None = None,
@@ -59,9 +59,7 @@ def empirical_ntk(
     if block is not None and block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     if any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        raise ValueError(
-            "model mixes the inputs of a batch, as it has BatchNorm while training; call model.eval() first"
-        )
+        raise ValueError("model mixes the inputs of a batch (BatchNorm while training); call model.eval() first")
     known = dict(model.named_parameters())
     unknown = (set(parameters or ()) | set(rates or ())) - set(known)
     if unknown:
@@ -109,11 +107,11 @@ def _blocks(gradients: _Gradients, x: Tensor, size: int, start: int = 0) -> Iter
         yield i, gradients(x[i : i + size])
 
 
-def _kernel(left: Parts, right: Parts, outputs: Outputs) -> Tensor:
+def _kernel(left: Parts, right: Parts, outputs: str) -> Tensor:
     return sum((_part(a, b, outputs) for a, b in zip(left[1:], right[1:])), _part(left[0], right[0], outputs))
 
 
-def _part(a: _Factors | Tensor, b: _Factors | Tensor, outputs: Outputs) -> Tensor:
+def _part(a: _Factors | Tensor, b: _Factors | Tensor, outputs: str) -> Tensor:
     if isinstance(a, Tensor):  # Jacobians, (inputs, outputs, parameters)
         assert isinstance(b, Tensor)
         return _inner(a, b, outputs)
@@ -135,7 +133,7 @@ def _part(a: _Factors | Tensor, b: _Factors | Tensor, outputs: Outputs) -> Tenso
     return torch.cat(rows)
 
 
-def _inner(a: Tensor, b: Tensor, outputs: Outputs) -> Tensor:
+def _inner(a: Tensor, b: Tensor, outputs: str) -> Tensor:
     """Inner products over the last axis of (n, outputs, P) and (m, outputs, P)."""
     n, k, _ = a.shape
     if outputs == "trace":
@@ -148,7 +146,7 @@ def _inner(a: Tensor, b: Tensor, outputs: Outputs) -> Tensor:
 class _Gradients:
     """What the kernel of a block of inputs is made of: factors for layers, Jacobians for all other parameters."""
 
-    def __init__(self, model: nn.Module, rates: dict[str, float | Tensor], outputs: Outputs, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, rates: dict[str, float | Tensor], outputs: str, example: Tensor) -> None:
         self.model, self.rates, self.outputs = model, rates, outputs
         self.layers: dict[str, nn.Linear | nn.Conv2d] = {}
         self.others = dict.fromkeys(rates)
@@ -240,6 +238,8 @@ class _Gradients:
             for handle in handles:
                 handle.remove()
         called = {name: calls[0] for name, calls in seen.items() if len(calls) == 1 and len(calls[0][0]) == len(x)}
+        if not called:
+            return {}
         ends = [output for _, output in called.values()]
         back: list[list[Tensor]] = [[] for _ in ends]
         for i in range(out.shape[1]):

@@ -53,16 +53,20 @@ def evaluate(
     pairs = block or max(1, (_BLOCK_WITH_GRADIENT if gradient else _BLOCK) // plan.numbers)
     wanted = [name in kernels for name in ("nngp", "ntk")]
     out = [x.new_empty(n, m) if each else None for each in wanted]
-    for rows, columns in _tiles(n, m, pairs, symmetric):
-        found = plan.run(x, tape, rows, slice(columns.start + shift, columns.stop + shift))
+    for rows, tile in _tiles(n, m, pairs, symmetric):
+        found = plan.run(x, tape, rows, slice(tile.start + shift, tile.stop + shift))
         for whole, part in zip(out, found):
+            columns = tile
             if whole is None or part is None:
                 continue
+            if symmetric and rows.start == columns.start:  # across the diagonal, equal but for rounding
+                size = rows.stop - rows.start
+                corner = part[:, :size].triu()
+                whole[rows, rows] = corner + corner.triu(1).mT
+                columns, part = slice(rows.stop, columns.stop), part[:, size:]
             whole[rows, columns] = part
             if symmetric:
-                later = max(rows.stop, columns.start)  # what lies below the diagonal blocks
-                if later < columns.stop:
-                    whole[later : columns.stop, rows] = part[:, later - columns.start :].mT
+                whole[columns, rows] = part.mT
     return Kernels(*out)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -69,15 +68,15 @@ class Conv(Weighted):
 
     kernel_size: int | tuple[int, ...] = 3
     stride: int | tuple[int, ...] = 1
-    padding: int | tuple[int, ...] | Literal["same", "valid"] = 0
+    padding: int | tuple[int, ...] | str = 0
     weight_variance: float = 1.0
     bias_variance: float = 0.0
-    parametrization: Literal["ntk", "standard"] = "ntk"
+    parametrization: str = "ntk"
     fan_in: int | None = None
     weight_rate: float | None = None
     bias_rate: float | None = None
     dilation: int | tuple[int, ...] = 1
-    padding_mode: Literal["zeros", "circular"] = "zeros"
+    padding_mode: str = "zeros"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -52,7 +52,7 @@ class Layer:
     def __call__(
         self,
         x1: Float[Tensor, "n *features"],
-        x2: Float[Tensor, "m *features"] | None = None,
+        x2: Float[Tensor, "m *others"] | None = None,
         kernels: tuple[str, ...] = ("nngp", "ntk"),
         *,
         block: int | None = None,
@@ -132,7 +132,7 @@ class Weighted(Layer):
 
     weight_variance: float
     bias_variance: float
-    parametrization: Literal["ntk", "standard"]
+    parametrization: str
     fan_in: int | None
     weight_rate: float | None
     bias_rate: float | None
@@ -203,7 +203,7 @@ class Dense(Weighted):
 
     weight_variance: float = 1.0
     bias_variance: float = 0.0
-    parametrization: Literal["ntk", "standard"] = "ntk"
+    parametrization: str = "ntk"
     fan_in: int | None = None
     weight_rate: float | None = None
     bias_rate: float | None = None

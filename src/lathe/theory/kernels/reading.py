@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lathe.core.gaussian.traced import activation_of
@@ -41,7 +42,7 @@ def from_module(
     *,
     weight_variance: float | Mapping[str, float] | None = None,
     bias_variance: float | Mapping[str, float] | None = None,
-    parametrization: Literal["standard", "ntk"] = "standard",
+    parametrization: str = "standard",
 ) -> Sequential:
     """The kernel of `model`'s architecture with infinitely many units and channels.
 
@@ -50,7 +51,8 @@ def from_module(
 
     Args:
         weight_variance: of each layer's weights times its fan-in, for all layers or by the layer's name; where it is
-            left out, measured from the present weights, which suits a network that has not been trained.
+            left out, that of PyTorch's default initialisation if the present weights look like it, else measured from
+            them, which suits a network that has not been trained.
         bias_variance: of the biases, likewise.
         parametrization: "standard": the NTK is that of plain gradient descent on this module, with one learning rate
             for all parameters, and parameters that do not require gradients fixed; its scale grows with the present
@@ -75,7 +77,7 @@ class _Reader:
         traced: fx.GraphModule,
         weight_variance: float | Mapping[str, float] | None,
         bias_variance: float | Mapping[str, float] | None,
-        parametrization: Literal["standard", "ntk"],
+        parametrization: str,
     ) -> None:
         self.traced = traced
         self.modules = dict(traced.named_modules())
@@ -231,7 +233,7 @@ class _Reader:
             elif given is not None:
                 values[side] = float(given)
             else:
-                values[side] = factor * parameter.detach().double().square().mean().item()
+                values[side] = factor * _variance(parameter, fan_in)
         rates: dict[str, float | None] = {"weight_rate": None, "bias_rate": None}
         if not module.weight.requires_grad:
             rates["weight_rate"] = 0.0
@@ -251,6 +253,15 @@ class _Reader:
         else:
             what = f"{node.name} ({getattr(node.target, '__name__', node.target)})"
         raise ValueError(f"module {what} of model has no infinitely wide kernel here: {hint}")
+
+
+def _variance(parameter: Tensor, fan_in: int) -> float:
+    """The mean square; or exactly that of PyTorch's default initialisation, where the numbers may well be from it."""
+    values = parameter.detach().double()
+    measured, default = values.square().mean().item(), 1 / (3 * fan_in)
+    error = default * math.sqrt(0.8 / values.numel())  # standard error of the mean of squares of uniform numbers
+    uniform = values.abs().max().item() <= fan_in**-0.5 * (1 + 1e-6)
+    return default if uniform and measured > 0 and abs(measured - default) <= 4 * error else measured
 
 
 def _numbers(value: Any) -> tuple[int, ...]:

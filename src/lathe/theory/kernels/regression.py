@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -84,7 +84,7 @@ class GradientFlow:
         y: Float[Tensor, "n *outputs"],
         *,
         nngp: Float[Tensor, "n n"] | None = None,
-        loss: Literal["sum", "mean", "mse"] = "mse",
+        loss: str = "mse",
         rate: float = 1.0,
         jitter: float = 0.0,
     ) -> None:
@@ -224,10 +224,10 @@ class KernelRegression:
         self,
         network: Layer,
         x: Float[Tensor, "n *features"],
-        y: Float[Tensor, "n *outputs"],
+        y: Float[Tensor, "rows *outputs"],
         *,
         noise: float = 0.0,
-        loss: Literal["sum", "mean", "mse"] = "mse",
+        loss: str = "mse",
         rate: float = 1.0,
     ) -> None:
         if len(x) != len(y):

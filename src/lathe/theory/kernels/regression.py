@@ -7,6 +7,7 @@ initialisations: Lee et al. 2019 (arXiv 1902.06720), equations 14-16. All in flo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ class GradientFlow:
 
     def at(
         self,
-        times: float | Float[Tensor, " times"],
+        times: float | Sequence[float] | Float[Tensor, " times"],
         ntk_test: Float[Tensor, "test n"],
         nngp_test: Float[Tensor, "test n"] | None = None,
         nngp_diagonal: Float[Tensor, " test"] | Float[Tensor, "test test"] | None = None,
@@ -249,7 +250,7 @@ class KernelRegression:
         return _solve(_cholesky(self._kernels[1], self.noise, "ntk"), self.y, theta, None)
 
     def trained(
-        self, x_test: Float[Tensor, "test *features"], times: float | Float[Tensor, " times"] = math.inf
+        self, x_test: Float[Tensor, "test *features"], times: float | Sequence[float] | Float[Tensor, " times"] = math.inf
     ) -> Prediction:
         """Mean and variance over initialisations of the network after gradient flow for `times`."""
         found = self.network(x_test, self.x)

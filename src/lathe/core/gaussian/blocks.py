@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lathe.core.gaussian.activation import Activation
+from lathe.core.gaussian.angles import AngleTables
 from lathe.core.gaussian.pairs import _pair_quadrature
 from lathe.core.gaussian.quadrature import line_expectation
 from lathe.core.gaussian.series import HermiteSeries
@@ -31,7 +32,8 @@ _FAR, _PART = 8.0, 1e-6
 class BlockMoments:
     """`<s_a s_b>` and `<s'_a s'_b>` for blocks of pairs of the variables whose variances are given.
 
-    As `pair_moments`: closed form, else series (tables for many variables without places), else quadrature.
+    As `pair_moments`: closed form, else series (tables for many variables without places), tables in the angle for
+    kinks at zero, else quadrature.
 
     Args:
         act: the activation.
@@ -46,6 +48,8 @@ class BlockMoments:
         self._series: HermiteSeries | None = None
         self._tables: PairTables | None = None
         self._span = 0.0
+        self._angles: AngleTables | None = None
+        self._in_angles = act.pair is None and act.kinks == (0.0,) and variance.numel() > 0
         self._without_tables = act.kinks != () or variance.ndim > 1 or variance.numel() <= _MANY
 
     def __call__(
@@ -69,6 +73,11 @@ class BlockMoments:
             if self._series is not None:
                 c = self._series.coefficients.reshape(-1, *variance.shape)
                 return self._series.evaluate(left(c), right(c), kaa, kab, kbb, slope)
+        if self._in_angles and self._angles is None:
+            self._angles = AngleTables.of(act, variance)
+            self._in_angles = self._angles is not None
+        if self._angles is not None:
+            return self._angles(kaa, kab, kbb, left, right, slope)
         return _pair_quadrature(act, *torch.broadcast_tensors(kaa, kab, kbb))
 
     def alone(self) -> tuple[Tensor, Tensor]:

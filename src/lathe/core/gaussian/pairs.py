@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lathe.core.gaussian.activation import Activation
+from lathe.core.gaussian.angles import AngleTables
 from lathe.core.gaussian.quadrature import gaussian_nodes
 from lathe.core.gaussian.series import HermiteSeries
 from lathe.core.gaussian.tables import PairTables
@@ -22,6 +23,8 @@ __all__ = ["kernel_moments", "mirror_", "pair_moments"]
 _TILE = 168
 #: Pairs that the quadrature of an activation with kinks and without closed form takes at a time.
 _PAIRS = 64
+#: Pairs from which on tables in the angle are worth their making.
+_MANY = 100
 
 
 def pair_moments(
@@ -31,7 +34,8 @@ def pair_moments(
 
     In closed form where the activation has one; else by a Hermite series, cut where what it leaves out is below 1e-13
     of `<s^2>` and 1e-11 of `K <s'^2>` (the remainder is known, as the series at `rho = 1` is an integral over a line);
-    else, with kinks, by quadrature that follows them, which is a thousand times slower.
+    with a kink at zero by tables in the angle, which pay for many pairs; else by quadrature that follows the kinks,
+    which is thousands of times slower.
     """
     if act.pair is not None:
         return act.pair(kaa, kab, kbb)
@@ -41,7 +45,15 @@ def pair_moments(
             a, b = kaa.numel(), kbb.numel()
             left, right = (c.reshape(-1, *k.shape) for c, k in zip(series.coefficients.split([a, b], 1), (kaa, kbb)))
             return series.evaluate(left, right, kaa, kab, kbb)
-    return _pair_quadrature(act, *torch.broadcast_tensors(kaa, kab, kbb))
+    kaa, kab, kbb = torch.broadcast_tensors(kaa, kab, kbb)
+    if act.kinks == (0.0,) and kab.numel() >= _MANY:
+        tables = AngleTables.of(act, torch.stack([kaa.reshape(-1), kbb.reshape(-1)]))
+        if tables is not None:
+            flat = [each.reshape(-1, 1) for each in (kaa, kab, kbb)]
+            kernel, slope = tables(*flat, lambda t: t[..., 0, :, None], lambda t: t[..., 1, :, None])
+            assert slope is not None
+            return kernel.reshape(kab.shape), slope.reshape(kab.shape)
+    return _pair_quadrature(act, kaa, kab, kbb)
 
 
 def kernel_moments(
@@ -71,6 +83,7 @@ def kernel_moments(
         variance = variance.clamp_min(1e-24 * float(variance.detach().max()))
     tables = PairTables.of(act, variance, *_correlations(K, variance)) if smooth and not small else None
     series = HermiteSeries.of(act, variance) if smooth and tables is None else None
+    angles = AngleTables.of(act, variance) if act.pair is None and act.kinks == (0.0,) and n * n >= _MANY else None
 
     def block(where: tuple[slice, slice]) -> tuple[Tensor, Tensor | None]:
         rows, columns = where
@@ -80,6 +93,8 @@ def kernel_moments(
         elif series is not None:
             c = series.coefficients
             kernel, slopes = series.evaluate(c[:, rows, None], c[:, None, columns], kaa, kab, kbb, slope)
+        elif angles is not None:
+            kernel, slopes = angles(kaa, kab, kbb, lambda t: t[..., rows, None], lambda t: t[..., None, columns], slope)
         elif act.pair is not None:
             kernel, slopes = act.pair(kaa, kab, kbb)
         else:
@@ -122,7 +137,7 @@ def _pair_quadrature(act: Activation, kaa: Tensor, kab: Tensor, kbb: Tensor) -> 
     shape = kab.shape
     K = torch.stack([torch.stack([kaa, kab], -1), torch.stack([kab, kbb], -1)], -2).reshape(-1, 2, 2)
     kernels, slopes = [], []
-    order = 12 if act.kinks else 200
+    order = 40 if act.kinks else 200  # fewer do not resolve the bend where variables are nearly parallel
     for block in K.split(_PAIRS):
         z, w = gaussian_nodes(block, order, act.kinks)
         first, second = z.unbind(-1)

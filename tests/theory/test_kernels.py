@@ -129,6 +129,26 @@ def test_closed_forms_are_the_integrals(name):
             assert steep.item() == pytest.approx(grid(slope, *K), abs=3e-3 if kinked else 1e-9)
 
 
+@pytest.mark.parametrize("name", ["elu", "selu"])
+def test_kinks_at_zero_are_tabulated_to_many_digits(name, rng):
+    alpha, scale = {"elu": (1.0, 1.0), "selu": (1.6732632423543772, 1.0507009873554805)}[name]
+    variance = torch.tensor([0.3, 1.1, 2.5], dtype=torch.float64).repeat(7)
+    rho = 2 * torch.rand(21, 21, dtype=torch.float64, generator=rng) - 1
+    rho[0, 1], rho[1, 0], rho[0, 2] = 0.999, -0.999, 0.3
+    K = rho * (variance[:, None] * variance).sqrt()
+    kernel = pair_moments(activation(name), variance[:, None], K, variance)[0]
+    for i, j in ((0, 1), (1, 0), (0, 2), (4, 9)):
+
+        def halves(z: np.ndarray) -> np.ndarray:
+            return scale * np.where(z > 0, z, alpha * np.expm1(np.minimum(z, 0)))
+
+        assert kernel[i, j].item() == pytest.approx(grid(halves, variance[i], K[i, j], variance[j]), abs=1e-5)
+    same = pair_moments(activation(name), variance, variance, variance)  # few pairs: by quadrature
+    table = pair_moments(activation(name), variance.repeat(5), variance.repeat(5), variance.repeat(5))
+    for few, many in zip(same, table):
+        torch.testing.assert_close(few.repeat(5), many, atol=1e-8, rtol=0)
+
+
 def test_a_radial_kernel_comes_from_a_sinusoid(rng):
     x = double(4, 3, rng=rng)
     nngp = Sequential(Dense(3.0), Activation(sinusoid(2**0.5, (2 * 0.7) ** 0.5, math.pi / 4)))(x).nngp

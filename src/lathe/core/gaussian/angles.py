@@ -38,9 +38,7 @@ class AngleTables:
         basis: Chebyshev polynomials of the logarithm of each variable's variance, (r, *places, n).
     """
 
-    def __init__(
-        self, tables: tuple[Float[Tensor, "degrees r r"], Float[Tensor, "degrees r r"]], basis: Tensor
-    ) -> None:
+    def __init__(self, tables: tuple[Float[Tensor, "first r r"], Float[Tensor, "second r r"]], basis: Tensor) -> None:
         self.tables, self.basis = tables, basis
 
     @classmethod
@@ -83,12 +81,18 @@ class AngleTables:
 
 def _clenshaw(coefficients: Tensor, twice: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`sum_m (a C_m b) T_m(x)` at `twice = 2 x`, for `a` (r, ..., rows, 1) and `b` (r, ..., 1, columns) or as `a`."""
-    one_by_one = a.shape[-2] == b.shape[-2] and a.shape[-1] == b.shape[-1] == twice.shape[-1]
+    matrices = b.shape[-1] > 1 and a.shape[-2] > 1
     left = a.squeeze(-1).movedim(0, -1)
-    right = b.squeeze(-1).movedim(0, -1) if one_by_one else b.squeeze(-2).movedim(0, -2)
+    right = b.squeeze(-2).movedim(0, -2) if matrices else b
 
     def product(c: Tensor) -> Tensor:
-        return ((left @ c) * right).sum(-1, keepdim=True) if one_by_one else (left @ c) @ right
+        if matrices:
+            return (left @ c) @ right
+        weighted = (left @ c).movedim(-1, 0).unsqueeze(-1)
+        total = weighted[0] * right[0]
+        for first, second in zip(weighted[1:], right[1:]):
+            total = torch.addcmul(total, first, second)
+        return total
 
     value, before = product(coefficients[-1]), None
     for m in range(len(coefficients) - 2, -1, -1):

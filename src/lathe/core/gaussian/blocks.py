@@ -46,6 +46,7 @@ class BlockMoments:
             variance = variance.clamp_min(1e-24 * float(variance.detach().max()))
         self.variance = variance
         self._series: HermiteSeries | None = None
+        self._tried_series = False
         self._tables: PairTables | None = None
         self._span = 0.0
         self._angles: AngleTables | None = None
@@ -68,29 +69,48 @@ class BlockMoments:
             tables = self._wide_enough(kaa, kab, kbb)
             if tables is not None:
                 return tables(kaa, kab, kbb, where, slope)
-            if self._series is None:
-                self._series = HermiteSeries.of(act, variance.reshape(-1))
-            if self._series is not None:
-                c = self._series.coefficients.reshape(-1, *variance.shape)
-                return self._series.evaluate(left(c), right(c), kaa, kab, kbb, slope)
-        if self._in_angles and self._angles is None:
-            self._angles = AngleTables.of(act, variance)
-            self._in_angles = self._angles is not None
-        if self._angles is not None:
-            return self._angles(kaa, kab, kbb, left, right, slope)
+            series, c = self._in_series()
+            if series is not None:
+                return series.evaluate(left(c), right(c), kaa, kab, kbb, slope)
+        angles = self._tables_in_angle()
+        if angles is not None:
+            return angles(kaa, kab, kbb, left, right, slope)
         return _pair_quadrature(act, *torch.broadcast_tensors(kaa, kab, kbb))
 
-    def alone(self) -> tuple[Tensor, Tensor]:
+    def alone(self, slope: bool = True) -> tuple[Tensor, Tensor | None]:
         """`<s^2>` and `<s'^2>` of each variable."""
         act, variance = self.act, self.variance
         if act.pair is not None:
             return act.pair(variance, variance, variance)
+        series, c = self._in_series()
+        if series is not None:
+            return series.evaluate(c, c, variance, variance, variance, slope)
+        angles = self._tables_in_angle()
+        if angles is not None:
+            v = variance.unsqueeze(-1)
+            kernel, steep = angles(v, v, v, lambda t: t.unsqueeze(-1), lambda t: t.unsqueeze(-1), slope)
+            return kernel.squeeze(-1), None if steep is None else steep.squeeze(-1)
         square = line_expectation(lambda z: act(z) ** 2, variance, act.kinks)
-        return square, line_expectation(lambda z: act.derivative(z) ** 2, variance, act.kinks)
+        return square, line_expectation(lambda z: act.derivative(z) ** 2, variance, act.kinks) if slope else None
 
     def mean(self) -> Tensor:
         """`<s>` of each variable."""
         return line_expectation(self.act, self.variance, self.act.kinks)
+
+    def _in_series(self) -> tuple[HermiteSeries | None, Tensor]:
+        """The Hermite series, None where it converges too slowly, and its coefficients (terms, *places, n)."""
+        if not self._tried_series:
+            self._tried_series = True
+            self._series = None if self.act.kinks else HermiteSeries.of(self.act, self.variance.reshape(-1))
+        if self._series is None:
+            return None, self.variance
+        return self._series, self._series.coefficients.reshape(-1, *self.variance.shape)
+
+    def _tables_in_angle(self) -> AngleTables | None:
+        if self._in_angles and self._angles is None:
+            self._angles = AngleTables.of(self.act, self.variance)
+            self._in_angles = self._angles is not None
+        return self._angles
 
     def _wide_enough(self, kaa: Tensor, kab: Tensor, kbb: Tensor) -> PairTables | None:
         """Tables for correlations that reach as low as those of this block; made anew, wider, where they do not."""

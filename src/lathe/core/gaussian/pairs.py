@@ -42,15 +42,15 @@ def pair_moments(
     if not act.kinks:
         series = HermiteSeries.of(act, torch.cat([kaa.reshape(-1), kbb.reshape(-1)]))
         if series is not None:
-            a, b = kaa.numel(), kbb.numel()
-            left, right = (c.reshape(-1, *k.shape) for c, k in zip(series.coefficients.split([a, b], 1), (kaa, kbb)))
+            counts = [kaa.numel(), kbb.numel()]
+            left, right = (c.reshape(-1, *k.shape) for c, k in zip(series.coefficients.split(counts, 1), (kaa, kbb)))
             return series.evaluate(left, right, kaa, kab, kbb)
     kaa, kab, kbb = torch.broadcast_tensors(kaa, kab, kbb)
     if act.kinks == (0.0,) and kab.numel() >= _MANY:
         tables = AngleTables.of(act, torch.stack([kaa.reshape(-1), kbb.reshape(-1)]))
         if tables is not None:
-            flat = [each.reshape(-1, 1) for each in (kaa, kab, kbb)]
-            kernel, slope = tables(*flat, lambda t: t[..., 0, :, None], lambda t: t[..., 1, :, None])
+            a, ab, b = (each.reshape(-1, 1) for each in (kaa, kab, kbb))
+            kernel, slope = tables(a, ab, b, lambda t: t[..., 0, :, None], lambda t: t[..., 1, :, None])
             assert slope is not None
             return kernel.reshape(kab.shape), slope.reshape(kab.shape)
     return _pair_quadrature(act, kaa, kab, kbb)

@@ -21,7 +21,6 @@ __all__ = ["Rates", "empirical_ntk"]
 
 Rates: TypeAlias = Mapping[str, float | Tensor]
 
-
 #: Numbers that are kept of one block of inputs (256 MiB in float64).
 _BLOCK = 1 << 25
 
@@ -94,12 +93,18 @@ class _Factors:
     """Gradients by a layer's weights and biases: at each position what goes in, times what comes back.
 
     Attributes:
-        h: (inputs, positions, fan-in), with a one for the bias, each times the root of its learning rate.
-        d: (inputs, outputs, positions, units).
+        h: (inputs, positions, fan-in).
+        d: (outputs, inputs, positions, units).
+        weight, bias: learning rates, zero for what does not count.
     """
 
     h: Tensor
     d: Tensor
+    weight: float
+    bias: float
+
+
+Parts: TypeAlias = list[_Factors | Tensor]
 
 
 def _blocks(gradients: _Gradients, x: Tensor, size: int, start: int = 0) -> Iterator[tuple[int, Parts]]:
@@ -112,35 +117,35 @@ def _kernel(left: Parts, right: Parts, outputs: str) -> Tensor:
 
 
 def _part(a: _Factors | Tensor, b: _Factors | Tensor, outputs: str) -> Tensor:
-    if isinstance(a, Tensor):  # Jacobians, (inputs, outputs, parameters)
+    if isinstance(a, Tensor):  # gradients, (outputs, inputs, parameters)
         assert isinstance(b, Tensor)
         return _inner(a, b, outputs)
     assert isinstance(b, _Factors)
     n, p, fan_in = a.h.shape
     m = len(b.h)
     if p == 1:
-        inputs = a.h[:, 0] @ b.h[:, 0].mT
+        inputs = a.weight * (a.h[:, 0] @ b.h[:, 0].mT) + a.bias
         back = _inner(a.d.squeeze(2), b.d.squeeze(2), outputs)
         return inputs.reshape(n, m, *(1,) * (back.ndim - 2)) * back
     # Only for traces: sums over pairs of positions, a few inputs at a time.
-    k = a.d.shape[1]
-    flat_h = b.h.reshape(m * p, fan_in)
-    flat_d = b.d.transpose(1, 2).reshape(m * p, -1)
+    k = len(a.d)
+    flat_h, flat_d = b.h.reshape(m * p, fan_in), b.d.permute(1, 2, 0, 3).reshape(m * p, -1)
     rows = []
-    for h, d in zip(*[each.split(max(1, (1 << 23) // (m * p * p))) for each in (a.h, a.d)]):
-        product = (h.flatten(0, 1) @ flat_h.mT).mul_(d.transpose(1, 2).reshape(len(h) * p, -1) @ flat_d.mT)
+    step = max(1, (1 << 23) // (m * p * p))
+    for h, d in zip(a.h.split(step), a.d.permute(1, 2, 0, 3).split(step)):
+        product = (h.flatten(0, 1) @ flat_h.mT).mul_(a.weight).add_(a.bias)
+        product.mul_(d.reshape(len(h) * p, -1) @ flat_d.mT)
         rows.append(product.reshape(len(h), p, m, p).sum((1, 3)) / k)
     return torch.cat(rows)
 
 
 def _inner(a: Tensor, b: Tensor, outputs: str) -> Tensor:
-    """Inner products over the last axis of (n, outputs, P) and (m, outputs, P)."""
-    n, k, _ = a.shape
-    if outputs == "trace":
-        return a.flatten(1) @ b.flatten(1).mT / k
-    if outputs == "diagonal":
-        return torch.bmm(a.transpose(0, 1), b.permute(1, 2, 0)).permute(1, 2, 0)
-    return (a.flatten(0, 1) @ b.flatten(0, 1).mT).reshape(n, k, len(b), k).transpose(1, 2)
+    """Inner products over the last axis of (outputs, n, P) and (outputs, m, P)."""
+    k, n, _ = a.shape
+    if outputs == "full":
+        return (a.flatten(0, 1) @ b.flatten(0, 1).mT).reshape(k, n, k, -1).permute(1, 3, 0, 2)
+    each = torch.bmm(a, b.mT)
+    return each.sum(0) / k if outputs == "trace" else each.permute(1, 2, 0)
 
 
 class _Gradients:
@@ -157,14 +162,12 @@ class _Gradients:
             for key in ("weight", "bias"):
                 self.others.pop(_join(name, key), None)
         self._check_layers(example)
-        example_parts = self(example)
-        self.block = max(1, _BLOCK // max(1, sum(_numbers(part) for part in example_parts)))
+        self.block = max(1, _BLOCK // max(1, sum(_numbers(part) for part in self(example))))
 
     def __call__(self, x: Tensor) -> Parts:
         parts: Parts = []
-        if self.layers:
-            found = self._factors(x)
-            parts += [self._cheapest(factors) for factors in found.values()]
+        for each in self._of_layers(x, self.outputs) if self.layers else []:
+            parts += each.result()
         if self.others:
             parts.append(self._jacobian(x))
         return parts
@@ -182,44 +185,29 @@ class _Gradients:
         return bool(rates) and not elsewhere and not any(isinstance(rate, Tensor) for rate in rates)
 
     def _check_layers(self, example: Tensor) -> None:
-        """Keeps as layers those alone whose factors give the whole gradient of their parameters."""
+        """Keeps as layers those alone whose parts give the whole gradient of their parameters."""
         if not self.layers:
             return
-        found = self._factors(example)
-        names = [each for name in self.layers for each in self._names(name)]
+        found = {each.name: each for each in self._of_layers(example, "one")}
         values = dict(self.model.named_parameters())
-        state = {name: values[name].detach().requires_grad_() for name in names}
+        state = {each: values[each].detach().requires_grad_() for name in self.layers for each in self._names(name)}
         with torch.enable_grad():
             out = functional_call(self.model, state, (example,)).flatten(1)
             gradients = torch.autograd.grad(out[:, 0].sum(), list(state.values()), allow_unused=True)
         whole = dict(zip(state, gradients))
         for name in list(self.layers):
-            factors = found.get(name)
-            good = factors is not None
-            if factors is not None:
-                made = torch.einsum("apf,apu->uf", factors.h, factors.d[:, 0])
-                column = 0
-                for each in self._names(name):
-                    rate = float(self.rates[each]) ** 0.5
-                    width = 1 if each.endswith("bias") else factors.h.shape[-1] - self._has_bias(name)
-                    part = made[:, column : column + width]
-                    column += width
-                    expected = whole[each]
-                    flat = torch.zeros_like(part) if expected is None else rate * expected.reshape(len(part), -1)
-                    good = good and torch.allclose(part, flat, rtol=1e-3, atol=1e-4 * float(flat.abs().max()) + 1e-12)
-            if not good:
+            if name not in found or not found[name].gives(
+                {key: whole.get(_join(name, key)) for key in ("weight", "bias")}
+            ):
                 del self.layers[name]
                 self.others.update(dict.fromkeys(self._names(name)))
-
-    def _has_bias(self, name: str) -> int:
-        return int(_join(name, "bias") in self.rates)
 
     def _names(self, name: str) -> list[str]:
         """The layer's parameters that are wanted, weights first."""
         return [each for each in (_join(name, "weight"), _join(name, "bias")) if each in self.rates]
 
-    def _factors(self, x: Tensor) -> dict[str, _Factors]:
-        """What goes into each layer and, for each output, the gradient by what comes out."""
+    def _of_layers(self, x: Tensor, way: str) -> list[_Collected]:
+        """Each layer's gradients, for kernels of the `outputs` that `way` says; "one": for the first output alone."""
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
 
         def keep(name: str) -> Any:
@@ -237,44 +225,19 @@ class _Gradients:
         finally:
             for handle in handles:
                 handle.remove()
-        called = {name: calls[0] for name, calls in seen.items() if len(calls) == 1 and len(calls[0][0]) == len(x)}
-        if not called:
-            return {}
-        ends = [output for _, output in called.values()]
-        back: list[list[Tensor]] = [[] for _ in ends]
-        for i in range(out.shape[1]):
-            gradients = torch.autograd.grad(out[:, i].sum(), ends, retain_graph=True, allow_unused=True)
-            for place, (gradient, end) in enumerate(zip(gradients, ends)):
-                back[place].append(torch.zeros_like(end) if gradient is None else gradient)
-        found = {}
-        for (name, (entered, _)), gradients_of in zip(called.items(), back):
-            found[name] = self._arranged(name, entered, torch.stack(gradients_of, 1))
-        return found
-
-    def _arranged(self, name: str, h: Tensor, d: Tensor) -> _Factors:
-        module = self.layers[name]
-        if isinstance(module, nn.Linear):
-            h = h.reshape(len(h), -1, h.shape[-1])
-            d = d.reshape(*d.shape[:2], -1, d.shape[-1])
-        else:
-            h = F.unfold(h, module.kernel_size, module.dilation, module.padding, module.stride).mT  # type: ignore[arg-type]
-            d = d.flatten(3).mT
-        weight, bias = (self.rates.get(_join(name, key)) for key in ("weight", "bias"))
-        columns = [] if weight is None else [h * float(weight) ** 0.5]
-        if bias is not None:
-            columns.append(torch.full_like(h[..., :1], float(bias) ** 0.5))
-        return _Factors(torch.cat(columns, -1), d)
-
-    def _cheapest(self, factors: _Factors) -> _Factors | Tensor:
-        """Factors as they are, or multiplied out to gradients by the weights."""
-        _, p, fan_in = factors.h.shape
-        k, units = factors.d.shape[1], factors.d.shape[3]
-        apart = p * p * (fan_in + k * units)  # operations for a pair of inputs
-        if p == 1 or (self.outputs == "trace" and apart < k * fan_in * units):
-            return factors
-        n = len(factors.h)
-        gradient = torch.bmm(factors.d.transpose(2, 3).flatten(1, 2), factors.h)
-        return gradient.reshape(n, k, units * fan_in)
+        k = 1 if way == "one" else out.shape[1]
+        collected: list[_Collected] = []
+        for name, calls in seen.items():
+            if len(calls) == 1 and len(calls[0][0]) == len(x):
+                rates = [float(self.rates.get(_join(name, key), 0.0)) for key in ("weight", "bias")]
+                collected.append(_Collected(name, self.layers[name], *calls[0], rates, k, way))
+        if collected:
+            ends = [each.end for each in collected]
+            for i in range(k):
+                gradients = torch.autograd.grad(out[:, i].sum(), ends, retain_graph=True, allow_unused=True)
+                for each, gradient in zip(collected, gradients):
+                    each.add(i, gradient)
+        return collected
 
     def _jacobian(self, x: Tensor) -> Tensor:
         values = {name: value.detach() for name, value in self.model.named_parameters()}
@@ -288,7 +251,69 @@ class _Gradients:
         for name, value in jacobians.items():
             root = torch.as_tensor(self.rates[name], dtype=value.dtype, device=value.device).sqrt()
             parts.append((value * root).flatten(2))
-        return torch.cat(parts, -1)
+        return torch.cat(parts, -1).transpose(0, 1)
+
+
+class _Collected:
+    """A layer's gradients, an output at a time: kept as factors, or multiplied out at once where that is cheaper."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Linear | nn.Conv2d,
+        entered: Tensor,
+        end: Tensor,
+        rates: list[float],
+        outputs: int,
+        way: str,
+    ) -> None:
+        self.name, self.module, self.end = name, module, end
+        self.weight, self.bias = rates
+        if isinstance(module, nn.Linear):
+            self.h = entered.reshape(len(entered), -1, entered.shape[-1])
+        else:
+            assert not isinstance(module.padding, str)
+            self.h = F.unfold(entered, module.kernel_size, module.dilation, module.padding, module.stride).mT
+        n, p, fan_in = self.h.shape
+        units = end.numel() // max(1, n * p)
+        apart = p * p * (fan_in + outputs * units)  # operations for a pair of inputs, against those of whole gradients
+        factors = p == 1 or (way == "trace" and apart < outputs * fan_in * units)
+        self.kept: list[Tensor] = []
+        self.whole: Tensor | None = None
+        if way == "one" or not factors:
+            self.whole = self.h.new_empty(outputs, n, units, fan_in)
+            self.sums = self.h.new_empty(outputs, n, units)
+
+    def add(self, output: int, gradient: Tensor | None) -> None:
+        """`gradient` is that of the sum of one output by the layer's output."""
+        d = torch.zeros_like(self.end) if gradient is None else gradient
+        # (inputs, positions, units), whatever the layer
+        d = d.reshape(len(d), -1, d.shape[-1]) if isinstance(self.module, nn.Linear) else d.flatten(2).mT
+        if self.whole is None:
+            self.kept.append(d)
+            return
+        if self.weight:
+            torch.bmm(d.mT, self.h, out=self.whole[output])
+        if self.bias:
+            torch.sum(d, 1, out=self.sums[output])
+
+    def result(self) -> Parts:
+        if self.whole is None:
+            return [_Factors(self.h, torch.stack(self.kept), self.weight, self.bias)]
+        pairs = ((self.weight, self.whole.flatten(2)), (self.bias, self.sums))
+        return [part if rate == 1 else part * rate**0.5 for rate, part in pairs if rate]
+
+    def gives(self, gradients: dict[str, Tensor | None]) -> bool:
+        """Whether these are the gradients of the first output by the whole weight and bias."""
+        assert self.whole is not None
+        for rate, key, made in ((self.weight, "weight", self.whole), (self.bias, "bias", self.sums)):
+            expected = gradients[key]
+            if rate:
+                known = torch.zeros_like(made[0, 0]) if expected is None else expected.reshape(made.shape[2:])
+                slack = 1e-4 * float(known.abs().max()) + 1e-12
+                if not torch.allclose(made[0].sum(0), known, rtol=1e-3, atol=slack):
+                    return False
+        return True
 
 
 def _join(name: str, key: str) -> str:

@@ -270,8 +270,8 @@ class Activation(Layer):
         if f.tape.recording and f.means:
             f.mean = known.mean()
         if f.single:
-            square, steepness = known.alone()
-            found: tuple[Tensor, Tensor | None] = square[..., f.rows, None], steepness[..., f.rows, None]
+            square, steepness = known.alone(wanted)
+            found = square[..., f.rows, None], None if steepness is None else steepness[..., f.rows, None]
         else:
             found = known(f.nngp, f.left, f.right, (f.rows, f.columns), wanted)
         kernel, slope = found

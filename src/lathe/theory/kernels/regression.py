@@ -250,7 +250,9 @@ class KernelRegression:
         return _solve(_cholesky(self._kernels[1], self.noise, "ntk"), self.y, theta, None)
 
     def trained(
-        self, x_test: Float[Tensor, "test *features"], times: float | Sequence[float] | Float[Tensor, " times"] = math.inf
+        self,
+        x_test: Float[Tensor, "test *features"],
+        times: float | Sequence[float] | Float[Tensor, " times"] = math.inf,
     ) -> Prediction:
         """Mean and variance over initialisations of the network after gradient flow for `times`."""
         found = self.network(x_test, self.x)

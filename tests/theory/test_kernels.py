@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lathe.core.gaussian import Activation as Function
-from lathe.core.gaussian import activation, pair_moments, polynomial, sinusoid
+from lathe.core.gaussian import activation, line_expectation, pair_moments, polynomial, sinusoid
 from lathe.theory.kernels import (
     Activation,
     AvgPool,
@@ -149,6 +149,31 @@ def test_kinks_at_zero_are_tabulated_to_many_digits(name, rng):
         torch.testing.assert_close(few.repeat(5), many, atol=1e-8, rtol=0)
 
 
+@pytest.mark.parametrize("spec", ["hardtanh", "relu6", nn.Hardsigmoid(), nn.Softshrink(0.4), nn.Hardtanh(-0.3, 2.0)])
+def test_lines_that_bend_off_zero_have_one_integral_a_pair(spec):
+    act = activation(spec)
+    K = [torch.tensor(k, dtype=torch.float64) for k in ([0.8, 0.8, 4.0], [0.3, -0.7, 3.9], [1.1, 1.1, 4.5])]
+    kernel, slope = pair_moments(act, *K)
+
+    def values(z: np.ndarray) -> np.ndarray:
+        return act(torch.from_numpy(z)).numpy()
+
+    def slopes(z: np.ndarray) -> np.ndarray:
+        return (values(z + 1e-6) - values(z - 1e-6)) / 2e-6
+
+    for place, (kaa, kab, kbb) in enumerate(zip(*[k.tolist() for k in K])):
+        assert kernel[place].item() == pytest.approx(grid(values, kaa, kab, kbb), abs=1e-4)
+        assert slope[place].item() == pytest.approx(grid(slopes, kaa, kab, kbb), abs=2e-2)
+    variance = torch.tensor([0.01, 0.5, 30.0], dtype=torch.float64)
+    same, steep = pair_moments(act, variance, variance, variance)
+    torch.testing.assert_close(same, line_expectation(lambda z: act(z) ** 2, variance, act.kinks), atol=1e-7, rtol=0)
+    squared = line_expectation(lambda z: act.derivative(z) ** 2, variance, act.kinks)
+    torch.testing.assert_close(steep, squared, atol=1e-5, rtol=0)
+    leaves = [k.clone().requires_grad_() for k in K]
+    (rise,) = torch.autograd.grad(pair_moments(act, *leaves)[0].sum(), leaves[1:2])
+    torch.testing.assert_close(rise, slope, atol=1e-6, rtol=0)  # Price's theorem
+
+
 def test_a_radial_kernel_comes_from_a_sinusoid(rng):
     x = double(4, 3, rng=rng)
     nngp = Sequential(Dense(3.0), Activation(sinusoid(2**0.5, (2 * 0.7) ** 0.5, math.pi / 4)))(x).nngp
@@ -248,6 +273,7 @@ LITERAL = {
         *(relu, Conv(3, padding=1, bias_variance=0.1, padding_mode="circular"), relu, GlobalAvgPool()),
     ],
     "dilated": [Conv(3, padding=2, dilation=2, weight_variance=1.7), relu, Conv(2, 2), relu, GlobalAvgPool()],
+    "padded beyond its size": [Conv(1, padding=4, bias_variance=0.2), relu, Conv(3, 2, 1), relu, GlobalAvgPool()],
     "pooled between": [same, relu, AvgPool(2), same, relu, GlobalAvgPool()],
     "pooled, flattened": [same, relu, AvgPool(2), Conv(2, padding=1), relu, Flatten()],
 }
@@ -440,6 +466,7 @@ def test_bad_arguments_are_refused(rng):
         (lambda: net(flat * math.inf), "x1 must be finite"),
         (lambda: net(flat, flat[:, :2]), r"x2 must be \(m, 3\)"),
         (lambda: net(flat[0]), "must be"),
+        (lambda: net(flat[:0]), r"x1 must not be empty, got shape \(0, 3\)"),
         (lambda: net(flat, kernels=("ntk", "nngp", "mean")), "kernels must be a tuple of 'nngp' and 'ntk'"),
         (lambda: net(flat, block=0), "block must be at least 1, got 0"),
     ]

@@ -77,6 +77,7 @@ def test_a_sequential_network_is_read_layer_by_layer():
     measured = from_module(model).layers[-1]
     assert measured.weight_variance == pytest.approx(6 * model[-1].weight.detach().square().mean().item())
     assert found(torch.randn(2, 3, 8, 8)).ntk.shape == (2, 2)
+    assert "Activation(gelu), AvgPool(kernel_size=2, stride=2, padding=0), LayerNorm" in repr(found)
 
 
 def test_a_graph_with_sums_is_read_as_residual_blocks():
@@ -139,6 +140,7 @@ def test_what_has_no_kernel_is_named_with_what_to_do():
         (nn.Sequential(nn.AdaptiveAvgPool2d(2)), "only output size 1"),
         (nn.Sequential(nn.AvgPool2d(3, padding=1, count_include_pad=False)), "zeros count"),
         (depthwise, "depthwise"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.LayerNorm(6)), r"2 \(LayerNorm\).*one dimension of an image"),
         (nn.Sequential(shared, nn.ReLU(), shared), "0 is called more than once|shared weights"),
         (Branches(), "the sum add of model: 2 branches of a sum do not end in weights"),
         (Looks(), "torch.fx cannot trace Looks"),

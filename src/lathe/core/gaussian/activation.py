@@ -155,6 +155,13 @@ def _piecewise_linear(a_minus: float, a_plus: float, name: str) -> Activation:
     )
 
 
+def _bent_line(
+    fn: Pointwise, name: str, bends: list[tuple[float, float]], slope: float = 0.0, offset: float = 0.0
+) -> Activation:
+    kinks = tuple(place for place, _ in bends)
+    return Activation(fn, kinks=kinks, name=name, pair=closed.bent_line(bends, slope, offset))
+
+
 def _normal_density(z: Tensor) -> Tensor:
     return torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
 
@@ -201,8 +208,8 @@ _NAMED = {
     "mish": Activation(lambda z: z * torch.tanh(F.softplus(z)), name="mish"),
     "elu": Activation(F.elu, kinks=(0.0,), name="elu"),
     "selu": Activation(F.selu, kinks=(0.0,), name="selu"),
-    "hardtanh": Activation(F.hardtanh, kinks=(-1.0, 1.0), name="hardtanh"),
-    "relu6": Activation(F.relu6, kinks=(0.0, 6.0), name="relu6"),
+    "hardtanh": _bent_line(F.hardtanh, "hardtanh", [(-1.0, 1.0), (1.0, -1.0)], offset=-1.0),
+    "relu6": _bent_line(F.relu6, "relu6", [(0.0, 1.0), (6.0, -1.0)]),
     "hardswish": Activation(F.hardswish, kinks=(-3.0, 3.0), name="hardswish"),
     "perceptron": Activation(
         torch.sign,
@@ -292,19 +299,24 @@ def _of_module(module: nn.Module) -> Activation:
         return _NAMED["gelu"]
     if isinstance(module, nn.Softplus) and (module.beta, module.threshold) == (1.0, 20.0):
         return _NAMED["softplus"]
-    kinks: tuple[float, ...] = ()
+    name = kind.__name__.lower()
     if isinstance(module, nn.Hardtanh):
-        kinks = (float(module.min_val), float(module.max_val))
-    elif isinstance(module, (nn.ELU, nn.CELU)):
+        low, high = float(module.min_val), float(module.max_val)
+        return _bent_line(_pure(module), name, [(low, 1.0), (high, -1.0)], offset=low)
+    if isinstance(module, nn.Hardsigmoid):
+        return _bent_line(_pure(module), name, [(-3.0, 1 / 6), (3.0, -1 / 6)])
+    if isinstance(module, nn.Softshrink):
+        width = float(module.lambd)
+        return _bent_line(_pure(module), name, [(-width, -1.0), (width, 1.0)], slope=1.0, offset=width)
+    kinks: tuple[float, ...] = ()
+    if isinstance(module, (nn.ELU, nn.CELU)):
         kinks = (0.0,)
-    elif isinstance(module, nn.Hardsigmoid):
-        kinks = (-3.0, 3.0)
-    elif isinstance(module, (nn.Softshrink, nn.Hardshrink)):
+    elif isinstance(module, nn.Hardshrink):
         kinks = (-float(module.lambd), float(module.lambd))
     elif isinstance(module, nn.Threshold):
         kinks = (float(module.threshold),)
     jumps = isinstance(module, nn.Hardshrink) or (isinstance(module, nn.Threshold) and module.threshold != module.value)
-    return Activation(_pure(module), kinks=kinks, name=kind.__name__.lower(), jumps=jumps)
+    return Activation(_pure(module), kinks=kinks, name=name, jumps=jumps)
 
 
 def _pure(module: nn.Module) -> Pointwise:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
     "bell",
+    "bent_line",
     "cosine",
     "error_function",
     "exponential",
@@ -156,5 +158,54 @@ def polynomial(coefficients: Sequence[float]) -> Callable[[Tensor, Tensor, Tenso
 
     def moments(kaa: Tensor, kab: Tensor, kbb: Tensor) -> tuple[Tensor, Tensor]:
         return pairs(coefficients, kaa, kab, kbb), pairs(slope, kaa, kab, kbb)
+
+    return moments
+
+
+def bent_line(
+    bends: Sequence[tuple[float, float]], slope: float = 0.0, offset: float = 0.0
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Moments of `offset + slope z + sum_j c_j relu(z - k_j)`, for `(k_j, c_j)` in `bends`.
+
+    The moments' derivatives by `K_ab` are moments of derivatives (Price 1958), and second derivatives of the function
+    are delta functions: what is left is one integral of a bivariate density over the correlation's arc sine, for each
+    pair of bends, by a Gauss rule.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(32)
+    # Nodes crowd where the arc ends: there the density may change at once, if variables are nearly parallel.
+    parts = [(1 - (u / 2) ** 2, w * u / 2) for u, w in zip(nodes + 1, weights)]
+
+    def single(variance: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        root = variance.clamp_min(1e-300).sqrt()
+        value, steep = torch.full_like(root, offset), torch.full_like(root, slope)
+        places = []
+        for place, change in bends:
+            x = (place / root).clamp(-38.0, 38.0)
+            beyond = torch.special.ndtr(-x)
+            value = value + change * (root * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi) - place * beyond)
+            steep = steep + change * beyond
+            places.append(x)
+        return value, steep, places
+
+    def moments(kaa: Tensor, kab: Tensor, kbb: Tensor) -> tuple[Tensor, Tensor]:
+        (first, first_slope, xs), (second, second_slope, ys) = single(kaa), single(kbb)
+        area = kaa * kbb
+        determinant = area - kab * kab
+        open_angle = determinant > 0
+        arc = torch.atan2(kab, torch.where(open_angle, determinant, 1.0).sqrt() * open_angle)
+        size = area.clamp_min(1e-300).sqrt()
+        kernel, steep = torch.zeros_like(arc), torch.zeros_like(arc)
+        for part, weight in parts:
+            sine = torch.sin(part * arc)
+            scale = -0.5 / (1 - sine * sine).clamp_min(1e-300)
+            density = torch.zeros_like(arc)
+            for x, (_, c) in zip(xs, bends):
+                for y, (_, d) in zip(ys, bends):
+                    density = density + c * d * torch.exp((x - y * sine) ** 2 * scale - 0.5 * y * y)
+            density = density * (weight / (2 * math.pi))
+            steep = steep + density
+            kernel = kernel + density * (kab - size * sine)
+        slopes = first_slope * second_slope
+        return first * second + kab * slopes + arc * kernel, slopes + arc * steep
 
     return moments

@@ -76,7 +76,7 @@ def evaluate_diagonal(network: Layer, x: Tensor, kernels: tuple[str, ...], dtype
     plan = Plan.of(network, x, "ntk" in kernels)
     arranged = _arranged(x, dtype)
     tape = plan.tape(arranged)
-    parts = [plan.run(arranged, tape, rows, None) for rows in plan.chunks(len(x))]
+    parts = [plan.run(arranged, tape, rows, None) for rows in plan.chunks(len(x), plan.after != ())]
     nngp, ntk = (
         torch.cat([part[k].squeeze(-1) for part in parts]) if name in kernels else None  # type: ignore[union-attr]
         for k, name in enumerate(("nngp", "ntk"))
@@ -89,8 +89,10 @@ def _check(x: Tensor, name: str, kernels: tuple[str, ...]) -> None:
         raise ValueError(
             f"{name} must be (n, features), (n, channels, length) or (n, channels, height, width), got {tuple(x.shape)}"
         )
-    if x.shape[1] == 0 or not torch.isfinite(x).all():
-        raise ValueError(f"{name} must be finite and have features, got infinite or NaN entries, or none at all")
+    if not x.numel():
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} must be finite, got infinite or NaN entries")
     unknown = [kernel for kernel in kernels if kernel not in ("nngp", "ntk")]
     if unknown or not kernels or isinstance(kernels, str):
         raise ValueError(f"kernels must be a tuple of 'nngp' and 'ntk', got {kernels!r}")
@@ -169,9 +171,9 @@ class Plan:
             return math.prod(self.sizes) ** 2
         return math.prod(self.sizes[1:]) ** 2 * self.sizes[0]
 
-    def chunks(self, n: int) -> Iterator[slice]:
-        """Inputs that go through on their own at a time."""
-        numbers = math.prod(self.pooled) ** 2 if self.after else math.prod(self.sizes)
+    def chunks(self, n: int, full: bool) -> Iterator[slice]:
+        """Inputs that go through on their own at a time, with all pairs of positions or without."""
+        numbers = max(math.prod(self.pooled) ** 2, self.numbers) if full else math.prod(self.sizes)
         size = max(1, (1 << 22) // max(1, numbers))
         for start in range(0, n, size):
             yield slice(start, min(start + size, n))
@@ -180,13 +182,14 @@ class Plan:
         """Notes on all inputs, a few inputs at a time."""
         n = x.shape[-1]
         tapes = []
-        for rows in self.chunks(n):
+        later = _notes(self.after)
+        for rows in self.chunks(n, later):
             tape = Tape()
             part = x[..., rows]
             whole = slice(0, part.shape[-1])
             f = self._start(part, tape, whole, None, (0,) * len(self.sizes), means=self.means)
             f = Sequential(*self.before).propagate(f)
-            if _notes(self.after):
+            if later:
                 # Layers after the pool note variances too, which takes all pairs of positions of each input.
                 tape.recording = False
                 mean, f = f.mean, self._gather(part, tape, whole, None)

@@ -25,7 +25,8 @@ Offsets: TypeAlias = tuple[int | None, ...]
 
 def valid(size: int, offset: int) -> tuple[int, int]:
     """The positions p, from and up to, for which p and p + offset both lie within `size`."""
-    return max(0, -offset), min(size, size - offset)
+    low = max(0, -offset)
+    return low, max(low, min(size, size - offset))  # none, where padding has made an image larger than the offset is
 
 
 @dataclass

@@ -222,7 +222,7 @@ class Dense(Weighted):
         return f
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Activation(Layer):
     """A function of each unit.
 
@@ -239,6 +239,9 @@ class Activation(Layer):
 
     def __post_init__(self) -> None:
         activation(self.function)
+
+    def __repr__(self) -> str:
+        return f"Activation({activation(self.function).name})"
 
     @property
     def transparent(self) -> bool:

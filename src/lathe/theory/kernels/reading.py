@@ -199,6 +199,8 @@ class _Reader:
                 self._refuse(node, "only start_dim=1, end_dim=-1 are supported")
             return Flatten()
         if isinstance(module, nn.LayerNorm):
+            if len(module.normalized_shape) == 1 and self._is_image(node.all_input_nodes[0]):
+                self._refuse(node, "over one dimension of an image; normalise over (channels, height, width)")
             return LayerNorm(eps=module.eps)
         if isinstance(module, nn.GroupNorm):
             if module.num_groups == module.num_channels:
@@ -207,6 +209,19 @@ class _Reader:
         kind = type(module).__name__
         hint = next((hint for part, hint in _HINTS.items() if part in kind), None)
         return self._refuse(node, hint or "replace it, or compose the network from the layers of lathe.theory.kernels")
+
+    def _is_image(self, node: fx.Node) -> bool:
+        """Whether a convolution or pooling comes before, and nothing that flattens since."""
+        while node.op != "placeholder":
+            if node.target in _SUMS:
+                node = self._terms(node)[0]
+                continue
+            layer, node = self._layer(node)
+            if isinstance(layer, (Conv, AvgPool)):
+                return True
+            if isinstance(layer, (Dense, Flatten, GlobalAvgPool)):
+                return False
+        return False
 
     def _convolution(self, node: fx.Node, module: nn.Conv1d | nn.Conv2d) -> Conv:
         if module.groups > 1 and module.in_channels == module.groups:

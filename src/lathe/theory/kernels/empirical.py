@@ -7,6 +7,7 @@ cheaper of both ways is taken; all other parameters go through Jacobians of `tor
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -69,6 +70,7 @@ def empirical_ntk(
     chosen: dict[str, float | Tensor] = {name: (rates or {}).get(name, 1.0) for name in wanted}
     if any(bool((torch.as_tensor(rate) < 0).any()) for rate in chosen.values()):
         raise ValueError("rates must not be negative")
+    chosen = {name: rate for name, rate in chosen.items() if isinstance(rate, Tensor) or rate != 0}
     if not chosen:
         raise ValueError("model has no parameters that count")
     gradients = _Gradients(model, chosen, outputs, x1[:1])
@@ -155,6 +157,7 @@ class _Gradients:
         self.model, self.rates, self.outputs = model, rates, outputs
         self.layers: dict[str, nn.Linear | nn.Conv2d] = {}
         self.others = dict.fromkeys(rates)
+        self.owners = Counter(id(value) for part in model.modules() for value in part.parameters(recurse=False))
         for name, module in model.named_modules():
             if not _is_plain(module) or not self._owns(name, module):
                 continue
@@ -176,13 +179,8 @@ class _Gradients:
         """Whether the layer's parameters are wanted, with rates that are numbers, and belong to nothing else."""
         names = [_join(name, key) for key, value in module.named_parameters(recurse=False) if value is not None]
         rates = [self.rates[each] for each in names if each in self.rates]
-        own = {id(value) for value in module.parameters(recurse=False)}
-        elsewhere = [
-            other
-            for other in self.model.modules()
-            if other is not module and own & {id(value) for value in other.parameters(recurse=False)}
-        ]
-        return bool(rates) and not elsewhere and not any(isinstance(rate, Tensor) for rate in rates)
+        shared = any(self.owners[id(value)] > 1 for value in module.parameters(recurse=False))
+        return bool(rates) and not shared and not any(isinstance(rate, Tensor) for rate in rates)
 
     def _check_layers(self, example: Tensor) -> None:
         """Keeps as layers those alone whose parts give the whole gradient of their parameters."""

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lathe.core.size import measure as measure
     from lathe.core.surgery import swap as swap
+    from lathe.theory.prediction import predict as predict
     from lathe.training import fit as fit
 
 __version__ = "0.1.0"
 
 # The command line and `import lathe` stay quick: torch is imported by the first name that needs it.
-_HOME = {"swap": "lathe.core.surgery", "measure": "lathe.core.size", "fit": "lathe.training"}
+_HOME = {"swap": "lathe.core.surgery", "measure": "lathe.core.size", "fit": "lathe.training", "predict": "lathe.theory.prediction"}
 _PARTS = (
     "compression",
     "core",
@@ -31,7 +32,7 @@ _PARTS = (
     "training",
 )
 
-__all__ = ["__version__", "fit", "measure", "swap"]
+__all__ = ["__version__", "fit", "measure", "predict", "swap"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command `lathe`: list, run, show, gallery, bench, data.
+"""The command `lathe`: list, run, show, predict, gallery, bench, data.
 
 Exit codes: 0 every claim measured holds; 1 one falls short (or a benchmark misses its target); 2 bad usage or missing
 data; 3 a measurement broke; 130 interrupted. Results go to standard output, progress and errors to standard error.
@@ -6,10 +6,12 @@ data; 3 a measurement broke; 130 interrupted. Results go to standard output, pro
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -368,6 +370,102 @@ def _export_figure(result: Result, path: Path) -> None:
         raise Failure(f"--figure must end in .png, .svg or .pdf, got {path.name}")
     export(figures[path.stem], path)
     print(path)
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def predict(
+    network: Annotated[
+        str, typer.Argument(help="package.module:function; it returns a network, or (network, example input).")
+    ],
+    shape: Annotated[
+        str | None, typer.Option("--input", help="Shape of a random input, such as 8x3x32x32, where none is returned.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=0, help="Networks to simulate; 0 for theory alone.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the simulation and of a random input.")] = 0,
+    widths: Annotated[
+        str | None,
+        typer.Option(help="Two widths, such as 64x256, if the function takes one: finds the parametrisation exactly."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: a file that ends in .png, .svg, .pdf or .html.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What theory expects of your own network at initialisation, layer by layer, beside a simulation of it.
+
+    With a file my_project/nets.py that has a function mlp() in it:
+
+    [bold]lathe predict my_project.nets:mlp --input 8x784 --plot mlp.png[/]
+
+    Exit codes: 0 predicted; 2 no such module or function, no network, or layers that theory cannot follow.
+    """
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf", ".html"):
+        raise Failure(f"--plot must end in .png, .svg, .pdf or .html, got {plot.name}")
+    import torch
+
+    from lathe.theory import prediction
+    from lathe.theory.prediction import command
+
+    try:
+        make = command.found(network)
+        grown = command.shape_of(widths) if widths else ()
+        if widths and len(grown) != 2:
+            raise Failure(f"--widths must be two widths such as 64x256, got {widths!r}")
+        model, example = command.made(make, network, *grown[:1])
+        if shape is not None:
+            generator = torch.Generator().manual_seed(seed)
+            example = torch.randn(command.shape_of(shape), generator=generator)
+        if example is None:
+            raise Failure(f"{network!r} returns no example input: say its shape, as in --input 8x3x32x32")
+        with _progress() as tell:
+            found = prediction.predict(
+                model,
+                example,
+                draws=draws,
+                seed=seed,
+                make_model=(lambda width: command.made(make, network, width)[0]) if widths else None,
+                widths=(grown[0], grown[1]) if widths else (64, 256),
+                progress=tell,
+            )
+    except ValueError as error:
+        raise Failure(str(error)) from None
+    if plot is not None:
+        from lathe.gallery.theme import export
+
+        export(found.plot().to_dict(), plot)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
+    console.print(found.table())
+    console.print()
+    for what, word, words in found.sentences():
+        console.print(f"[bold]{what}[/]: [bold cyan]{word}[/]", soft_wrap=True)
+        console.print(f"  {words}", markup=False)
+    for note in found.notes:
+        console.print(f"note: {note}", style="dim", markup=False)
+    if plot is not None:
+        console.print(f"\n{plot}", markup=False)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal; silence in a log."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=_console(), disable=not sys.stderr.isatty(), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield tell
 
 
 # --- gallery ---------------------------------------------------------------------------------------------------------

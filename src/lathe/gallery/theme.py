@@ -78,7 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def export(chart: dict[str, Any], path: Path) -> None:
-    """Writes a chart (a Vega-Lite spec with its data) as .png, .svg or .pdf, in the light theme on white."""
+    """Writes a chart (a Vega-Lite spec with its data) as .png, .svg, .pdf or .html, in the light theme on white."""
     import vl_convert
 
     config = {**CONFIGS["light"], "background": "white"}
@@ -91,5 +91,7 @@ def export(chart: dict[str, Any], path: Path) -> None:
         path.write_text(vl_convert.vegalite_to_svg(spec, config=config), encoding="utf-8")
     elif path.suffix == ".pdf":
         path.write_bytes(vl_convert.vegalite_to_pdf(spec, config=config))
+    elif path.suffix == ".html":
+        path.write_text(vl_convert.vegalite_to_html(spec, bundle=True, config=config), encoding="utf-8")
     else:
         path.write_bytes(vl_convert.vegalite_to_png(spec, config=config, scale=2))

@@ -176,7 +176,10 @@ class NeuralCollapse:
         state["counts"] += counts
         state["sums"].index_add_(0, target, rest)
         state["squares"].index_add_(0, target, rest.square().sum(1))
-        state["moment"].addmm_(rest.mT, rest)
+        # Only blocks on and above the diagonal: the moment is symmetric.
+        block = max(128, -(-rest.shape[1] // 4))
+        for i in range(0, rest.shape[1], block):
+            state["moment"][i : i + block, i:].addmm_(rest[:, i : i + block].mT, rest[:, i:])
 
     @torch.no_grad()
     def merge(self, other: NeuralCollapse) -> None:
@@ -278,7 +281,8 @@ class NeuralCollapse:
         n, N = counts.to(state["sums"]), counts.sum()
         off = state["sums"] / n[:, None]
         means = state["shift"] + off
-        within = (state["moment"] - (off * n[:, None]).mT @ off) / N
+        moment = state["moment"].triu() + state["moment"].triu(1).mT
+        within = (moment - (off * n[:, None]).mT @ off) / N
         centre = n @ means / N
         centred = chosen == "etf" or (chosen == "gof" and bias)
         layers = _by_layer(factors, means, centre, within, centred, chosen, prediction)
@@ -319,7 +323,7 @@ class NeuralCollapse:
             "shift": zeros,
             "sums": zeros.clone(),  # of h - shift
             "squares": torch.zeros_like(zeros[:, 0]),  # of |h - shift|^2
-            "moment": torch.zeros(width, width, dtype=torch.float64, device=device),
+            "moment": torch.zeros(width, width, dtype=torch.float64, device=device),  # upper triangle
             "wrong": torch.zeros(2, dtype=torch.int64, device=device),
         }
 

@@ -177,7 +177,11 @@ def run(
         if record is not None:
             for slug, result in results.items():
                 path = record / slug / f"{scale}.json"
-                ledger.write(path, ledger.merged(result, ledger.read(path), loaded[slug]) if claim else result)
+                recorded = ledger.read(path) if claim else None
+                if recorded is not None:  # what is kept comes from the record, which may be newer than what lies here
+                    new = [finding for finding in result["claims"] if finding["id"] in (claim or ())]
+                    result = ledger.merged(result | {"claims": new}, recorded, loaded[slug])
+                ledger.write(path, result)
     except (studies.UnknownPaper, studies.UnknownClaim, ledger.LedgerError, ClusterUnreachable) as error:
         raise Failure(str(error)) from None
     except WorkerLost as error:

@@ -135,7 +135,7 @@ NETWORKS = {
         torch.randn(3, 20),
     ),
     "post-activation residual": lambda: (
-        nn.Sequential(nn.Linear(20, 128), nn.ReLU(), *[post_activation_block(128) for _ in range(2)], nn.Linear(128, 4)),
+        nn.Sequential(nn.Linear(20, 96), nn.ReLU(), *[post_activation_block(96) for _ in range(2)], nn.Linear(96, 4)),
         torch.randn(2, 20),
     ),
     "convolutions": lambda: (

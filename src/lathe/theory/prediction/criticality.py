@@ -15,7 +15,7 @@ from lathe.theory.deep_learning_theory.criticality import CriticalPoint
 from lathe.theory.prediction.propagation import Propagation
 from lathe.theory.prediction.reading import Reading, Step
 
-__all__ = ["Change", "Criticality", "Path", "anchor_of", "apply_changes", "block_start", "judge", "path_into"]
+__all__ = ["Change", "Criticality", "Path", "anchor_of", "apply_changes", "behind", "block_start", "judge", "path_into"]
 
 #: Steps that a signal goes through between two layers, and that do not mix it with another.
 _ALONG = ("function", "norm", "scale", "shift", "dropout", "same", "pool", "max pool", "mean", "pad", "select", "units")
@@ -23,7 +23,10 @@ _ALONG = ("function", "norm", "scale", "shift", "dropout", "same", "pool", "max 
 
 @dataclass(frozen=True)
 class Path:
-    """How a weight layer is fed: from `anchor`, through these activations and norms, scaled by `gain` in square."""
+    """How a weight layer is fed: from `anchor`, through these activations and norms.
+
+    `gain` is what squares are multiplied with behind the activation, and behind the layer itself.
+    """
 
     anchor: int
     functions: tuple[int, ...]
@@ -102,19 +105,34 @@ class Criticality:
 def path_into(step: Step, steps: list[Step]) -> Path:
     functions: list[int] = []
     norms: list[int] = []
-    gain = 1.0
+    gain = behind(step, steps) ** 2
+    pending = 1.0
     current = steps[step.inputs[0]] if step.inputs else step
     while current.kind in _ALONG:
         if current.kind == "function":
             functions.insert(0, current.index)
+            gain, pending = gain * pending, 1.0  # what lies before the activation is the other layer's
         elif current.kind == "norm":
             norms.insert(0, current.index)
         elif current.kind == "scale":
-            gain *= current.options["by"] ** 2
+            pending *= current.options["by"] ** 2
         elif current.kind == "dropout":
             gain /= 1 - current.options["p"]
         current = steps[current.inputs[0]]
+    if current.kind != "weight" and not functions:
+        gain *= pending
     return Path(current.index, tuple(functions), tuple(norms), gain)
+
+
+def behind(step: Step, steps: list[Step]) -> float:
+    """What a layer's outputs are multiplied with before anything else happens to them."""
+    total, current = 1.0, step
+    while True:
+        users = [each for each in steps if current.index in each.inputs]
+        if len(users) != 1 or users[0].kind not in ("scale", "same"):
+            return total
+        current = users[0]
+        total *= abs(current.options.get("by", 1.0))
 
 
 def anchor_of(number: int, steps: list[Step]) -> int:

@@ -65,8 +65,14 @@ def regroup(layout: Layout, shape: Sequence[int]) -> Layout | None:
 def reordered(value: Tensor, layout: Layout) -> Tensor:
     """A tensor as (inputs, positions, units)."""
     pieces = [piece for axis in layout for piece in axis]
-    order = {INPUTS: -1, UNITS: 9}
-    places = sorted(range(len(pieces)), key=lambda place: (order.get(pieces[place][0], pieces[place][0]), place))
+    order: dict[str | int, int] = {INPUTS: -1, UNITS: 9}
+    places = sorted(
+        range(len(pieces)), key=lambda place: (order.get(pieces[place][0], _number(pieces[place][0])), place)
+    )
     flat = value.reshape([size for _, size in pieces]).permute(places)
     inputs = math.prod(size for label, size in pieces if label == INPUTS)
     return flat.reshape(inputs, math.prod(grid_of(layout)), units_of(layout))
+
+
+def _number(label: str | int) -> int:
+    return label if isinstance(label, int) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -159,14 +160,14 @@ class _Propagator:
                 continue
             if root != step.index:
                 # Paths that part and meet again unit by unit are one function, and have one slope.
-                slopes = self.flows[root].mixed(
-                    lambda s, step=step, act=act: s.slopes(act, self.geometries[step.index])
-                )
-                self._give(root, gradient * slopes[: self.inputs], self.geometries[step.index])
+                geometry = self.geometries[step.index]
+                slopes = self.flows[root].mixed(functools.partial(Signal.slopes, act=act, geometry=geometry))
+                self._give(root, gradient * slopes[: self.inputs], geometry)
             else:
                 getattr(self, f"_{step.kind.replace(' ', '_')}_back")(step, gradient)
-        for number, gradient in self.seen.items():
-            self.gradients[number] = gradient if self.gradients[number] is None else self.gradients[number] + gradient
+        for number, seen in self.seen.items():
+            known = self.gradients[number]
+            self.gradients[number] = seen if known is None else known + seen
         return Propagation(self.flows, self.gradients, self.roots, self.inputs, self.widths, self.notes)
 
     def _root(self, step: Step) -> tuple[int, Activation]:
@@ -746,9 +747,9 @@ class _Propagator:
         return Flow(
             tuple(part for flow in flows for part in flow.parts),
             geometry,
-            sum(w * _widened(flow.shift, length) for w, flow in zip(weights, flows)),
-            sum(w * flow.across for w, flow in zip(weights, flows)),
-            sum(w * _widened(flow.share, length - 1) for w, flow in zip(weights, flows)),
+            torch.stack([w * _widened(flow.shift, length) for w, flow in zip(weights, flows)]).sum(0),
+            torch.stack([w * flow.across for w, flow in zip(weights, flows)]).sum(0),
+            torch.stack([w * _widened(flow.share, length - 1) for w, flow in zip(weights, flows)]).sum(0),
         )
 
     def _join_back(self, step: Step, gradient: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from torch import nn
 
 from lathe.theory.infinite_width_feature_learning import ABC
-from lathe.theory.prediction.criticality import path_into
+from lathe.theory.prediction.criticality import behind, path_into
 from lathe.theory.prediction.reading import Reading, Step
 
 __all__ = ["LayerScaling", "Scaling", "TransferRate", "compare_widths", "looks_like"]
@@ -85,14 +85,7 @@ class Scaling:
 
 def _multiplier(step: Step, steps: list[Step]) -> float:
     """All numbers that the layer's product is multiplied with: in its weight, behind it, or at its input."""
-    total = step.options.get("multiplier", 1.0)
-    current = step
-    while True:
-        users = [each for each in steps if current.index in each.inputs]
-        if len(users) != 1 or users[0].kind not in ("scale", "same"):
-            break
-        current = users[0]
-        total *= abs(current.options.get("by", 1.0))
+    total = step.options.get("multiplier", 1.0) * behind(step, steps)
     if step.inputs:
         source = steps[step.inputs[0]]
         pending = 1.0
@@ -181,12 +174,15 @@ def _resemblance(layers: list[LayerScaling], steps: list[Step]) -> str:
     ):
         return "NTK"
     hidden = [(layer, step) for layer, step in later if layer.kind == "hidden"]
+
     # In each layer: the variance of its output for inputs of size one, whatever it is made of.
-    scales = {layer.name: (layer.multiplier * layer.std) ** 2 * step.options["fan_in"] for layer, step in later}
-    if not all(near(scales[layer.name], 1, 5) for layer, _ in hidden):
+    def size(layer: LayerScaling, step: Step) -> float:
+        return float((layer.multiplier * layer.std) ** 2 * step.options["fan_in"])
+
+    if not all(near(size(layer, step), 1, 5) for layer, step in hidden):
         return "neither"
     readout, step = later[-1]
-    fan_in, scale = step.options["fan_in"], scales[readout.name]
+    fan_in, scale = step.options["fan_in"], size(readout, step)
     if readout.kind != "readout":
         return "standard"
     if near(readout.multiplier, 1 / fan_in, 1.05) and not hidden:

@@ -196,10 +196,11 @@ class Signal:
         single = geometry.single()
         if self.is_gaussian:
             return 3 * single.sites(self.second(single)).square()
-        if len(self.terms) == 1 and isinstance(self.terms[0][1], Function) and self.terms[0][1].of.is_gaussian:
-            coefficient, atom = self.terms[0]
+        coefficient, atom = self.terms[0]
+        if len(self.terms) == 1 and isinstance(atom, Function) and atom.of.is_gaussian:
+            act = atom.act
             variance = single.sites(atom.of.second(single))
-            return coefficient**4 * line_expectation(lambda z: atom.act(z) ** 4, variance, atom.act.kinks)
+            return coefficient**4 * line_expectation(lambda z: act(z) ** 4, variance, act.kinks)
         return single.sites(_quasi(self, single, lambda a, b: (a * b).square()))
 
     def slopes(self, act: Activation, geometry: Geometry) -> Tensor:

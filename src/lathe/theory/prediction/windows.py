@@ -37,7 +37,8 @@ def _at_tap(images: Tensor, tap: tuple[int, ...], grid: tuple[int, ...], options
     for axis, (out, s, t) in enumerate(zip(grid, options["stride"], tap)):
         where = images.ndim - len(grid) + axis
         padded = padded.narrow(where, t, (out - 1) * s + 1)
-        padded = padded[(slice(None),) * where + (slice(None, None, s),)]
+        index: tuple[Any, ...] = (*[slice(None)] * where, slice(None, None, s))
+        padded = padded[index]
     return padded
 
 
@@ -72,7 +73,9 @@ def unpooled(
     out = torch.zeros(len(gradient), len(target.offsets), *sizes, dtype=gradient.dtype)
     images = gradient.unflatten(-1, geometry.grid)
     for a in taps:
-        place = [slice(t, t + (size - 1) * s + 1, s) for t, size, s in zip(a, geometry.grid, options["stride"])]
+        place: list[Any] = [
+            slice(t, t + (size - 1) * s + 1, s) for t, size, s in zip(a, geometry.grid, options["stride"])
+        ]
         for number, offset in enumerate(geometry.offsets):
             for b in taps:
                 if one and number == 0 and a != b:
@@ -97,10 +100,10 @@ def largest(
     act = Activation(lambda z: z, name="linear")
     mean = torch.zeros(source.inputs, 1, dtype=torch.float64)
     base, bent = signal, False
-    if len(signal.terms) == 1 and isinstance(signal.terms[0][1], Function) and signal.terms[0][1].of.is_gaussian:
-        scale, atom = signal.terms[0]
-        if isinstance(scale, float | int) and scale == 1:
-            act, base, bent = atom.act, atom.of, True
+    scale, atom = signal.terms[0]
+    plain = len(signal.terms) == 1 and not isinstance(scale, Tensor) and scale == 1
+    if plain and isinstance(atom, Function) and atom.of.is_gaussian:
+        act, base, bent = atom.act, atom.of, True
     K = base.second(source)
     if not base.is_gaussian:
         mean = base.mean(source).mean(1, keepdim=True)

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lathe.core.gaussian import Activation, activation, line_expectation, pair_moments
+from lathe.core.gaussian import Activation, activation, closed, line_expectation, pair_moments
 
 __all__ = [
     "Function",
@@ -323,8 +323,33 @@ def affine(act: Activation, scale: float, shift: float) -> Activation:
     """`scale * act(z) + shift`."""
     if scale == 1 and shift == 0:
         return act
+    pair = act.pair
+    if shift == 0 and act.slopes is not None:
+        return _bent_line(scale * act.slopes[0], scale * act.slopes[1], act.name)
+
+    def scaled(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        assert pair is not None
+        kernel, slope = pair(a, b, c)
+        return scale**2 * kernel, scale**2 * slope
+
     return Activation(
-        lambda z: scale * act(z) + shift, lambda z: scale * act.derivative(z), kinks=act.kinks, name=act.name
+        lambda z: scale * act(z) + shift,
+        lambda z: scale * act.derivative(z),
+        kinks=act.kinks,
+        name=act.name,
+        pair=None if pair is None or shift else scaled,
+    )
+
+
+def _bent_line(low: float, high: float, name: str) -> Activation:
+    return Activation(
+        lambda z: torch.where(z >= 0, high * z, low * z),
+        lambda z: torch.where(z >= 0, high, low).to(z),
+        torch.zeros_like,
+        kinks=() if low == high else (0.0,),
+        name=name,
+        slopes=(low, high),
+        pair=closed.piecewise_linear(low, high),
     )
 
 
@@ -339,6 +364,10 @@ def composed(outer: Activation, inner: Activation) -> Activation:
     """`outer(inner(z))`."""
     if inner.slopes == (1.0, 1.0):
         return outer
+    if outer.slopes is not None and inner.slopes is not None:
+        # Lines again: below zero and above, what `inner` gives decides which slope of `outer` it meets.
+        low, high = inner.slopes
+        return _bent_line(low * outer.slopes[int(low < 0)], high * outer.slopes[int(high > 0)], outer.name)
     # Where `inner` meets a kink of `outer` is found on a line of points; smooth outer functions need no search.
     kinks = set(inner.kinks)
     if outer.kinks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -68,9 +69,9 @@ assert report.nc1 > 1 and report.reference == "gof"                        # unt
     job="read",
     scales={
         "smoke": Setting(
-            seeds=1, counts=((40, 20, 10, 5),), penalties=(5e-3, 2e-2), depths=(1, 2), starts=3,
+            seeds=1, counts=((40, 20, 10, 5),), penalties=(5e-3, 2e-2), depths=(1, 2), starts=2,
             data="digits", largest=40, balanced=20, networks=(Network("mlp", 32, 1),), penalty=1e-3, lr=1e-3,
-            steps=40, schedule="cosine", frame_counts=(10,), frame_depths=(1, 3), deep=(2,),
+            steps=20, schedule="cosine", frame_counts=(10,), frame_depths=(1, 3), deep=(2,),
         ),
         "desk": Setting(
             counts=((200, 100, 50, 50), (40, 20, 10, 5)), penalties=(5e-4, 2e-3, 5e-3, 2e-2), depths=(1, 2, 3),
@@ -385,11 +386,11 @@ def backbone(network: Network, shape: torch.Size) -> nn.Module:
     width = network.width
     if network.kind == "mlp":
         sizes = [math.prod(shape), width, width]
-        hidden = [part for a, b in zip(sizes, sizes[1:]) for part in (nn.Linear(a, b), nn.ReLU())]  # noqa: RUF007
+        hidden = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
         return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, width))
     channels = [width // 8, width // 8, width // 4, width // 2, width]
     blocks: list[nn.Module] = []
-    for stage, (inputs, outputs) in enumerate(zip(channels, channels[1:])):  # noqa: RUF007
+    for stage, (inputs, outputs) in enumerate(itertools.pairwise(channels)):
         blocks += [ResidualBlock(inputs, outputs, 2 if stage else 1), ResidualBlock(outputs, outputs, 1)]
     stem = [nn.Conv2d(shape[0], channels[0], 3, 1, 1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, width))

@@ -79,6 +79,7 @@ def rows() -> list[Row]:
     from lathe.nn.scalable_kernels import SNNKConv1x1, SNNKLinear
     from lathe.nn.tensor_attention import HigherOrderAttention, HuggingFaceAttention
     from lathe.operators.multigrid_operator import MultigridConv2d
+    from lathe.theory.neural_collapse import DeepLinearHead
 
     def norm_relu() -> nn.Module:
         return nn.Sequential(nn.BatchNorm2d(64), nn.ReLU())
@@ -196,6 +197,9 @@ def rows() -> list[Row]:
         Row("PPGNConv", "DenseGCNConv of PyTorch Geometric", "equivariant-graph-polynomials", "no",
             "large graphs: it holds all pairs of nodes",
             dense_gcn, PPGNConv.like, graphs),
+        Row("DeepLinearHead (depth 3)", "Linear at a classifier's end", "neural-collapse", "exactly",
+            "for accuracy: it computes what one linear layer does",
+            linear, lambda old: DeepLinearHead.from_trained(old, depth=3), tokens),
         Row("hypernetize: HyperLinear", "Linear", "mip-hypernetworks", "no",
             "where no input steers the network: it predicts every weight",
             linear, Steered, tokens),

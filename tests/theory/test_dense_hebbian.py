@@ -1,4 +1,4 @@
-"""Energies, fields, recall, chains: against all subsets, Newton and Krawtchouk, the Gibbs measure, Hopfield networks."""
+"""Energies, fields, recall, chains: against all subsets, Newton, Krawtchouk, the Gibbs measure, Hopfield networks."""
 
 from __future__ import annotations
 

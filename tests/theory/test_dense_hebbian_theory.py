@@ -1,4 +1,4 @@
-"""Replica-symmetric theory: against scipy's quadrature, known capacities, limits, stationarity, and sampled networks."""
+"""Replica-symmetric theory: against scipy's quadrature, known capacities, limits, stationarity, sampled networks."""
 
 from __future__ import annotations
 

@@ -127,6 +127,7 @@ class SingularKernelClassifier(ClassifierMixin, BaseEstimator):
             self._votes = self._onehot
             self._table = self._koenigs.table(self._X.device)
         else:
+            self._kernel: DeepKernel | None = None
             self._votes = self._interpolate()[0]
         return self
 
@@ -262,9 +263,14 @@ class SingularKernelClassifier(ClassifierMixin, BaseEstimator):
         return pseudo @ self._onehot, pseudo.diagonal() if inverse else None
 
     def _deep(self, e: Tensor) -> DeepKernel:
+        """The kernel of the depth asked for, with a table (if any) that reaches down to the gaps `e`; kept."""
         positive = e[e >= SMALLEST]
         low = float(positive.amin()) if len(positive) else 1.0
-        return DeepKernel(self.dual_, int(self.depth), self.kernel, e.numel(), low, e.device)
+        kept = self._kernel
+        if kept is None or not kept.serves(e.numel(), low):
+            kept = DeepKernel(self.dual_, int(self.depth), self.kernel, e.numel(), low / 1024, device=e.device)
+            self._kernel = kept
+        return kept
 
     def _warn_negative(self) -> None:
         if not self.dual_.odd:

@@ -90,55 +90,84 @@ class DeepKernel:
     Args:
         pairs: how many pairs will be asked for.
         low: the smallest gap among them that is not zero.
+        high: the largest, above 1 where inner products are negative.
     """
 
     def __init__(
-        self, dual: DualActivation, depth: int, kind: str, pairs: int, low: float, device: torch.device
+        self,
+        dual: DualActivation,
+        depth: int,
+        kind: str,
+        pairs: int,
+        low: float,
+        high: float = 1.0,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.dual, self.depth, self.kind = dual, depth, kind
-        self.at_zero = float(self.direct(torch.zeros(1, dtype=torch.float64)))
+        self.at_zero = _log_diagonal(dual, depth, kind)
         # As xi -> 0 the kernel is xi^power times something smooth.
         self.power = 1 if dual.lead == 1 else 0
-        self.table = None
-        if pairs >= _MANY and dual.lead <= 1:
-            table = GapTable(self._smooth, max(low, SMALLEST), pieces=64, degree=3, device=device)
-            v = torch.linspace(
-                math.log(table.low), math.log(table.high), 1009, dtype=torch.float64, device=device
-            ).exp()
-            e = v / (1 + v)
-            exact = self._smooth(e)
-            # Where a table would be too coarse the recursion is used, pair by pair.
-            if ((table(e, 1 - e) - exact).abs() / (1 + exact.abs())).max() < 1e-8:
-                self.table = table
+        self.low = max(low, SMALLEST)
+        self.wanted = pairs >= _MANY and dual.lead <= 1
+        self.table = _checked_table(self._smooth, self.low, device) if self.wanted else None
+        self.mirrored: GapTable | None = None
+        if self.table is not None and high > 1:
+            self.mirrored = _checked_table(self._opposite, max(2 - high, SMALLEST), device)
+            if self.mirrored is None:
+                self.table = None
 
-    def direct(self, e: Tensor) -> Tensor:
-        """The logarithm of the kernel by the recursion."""
-        return log_kernels(self.dual, e, self.depth, self.kind)
+    def serves(self, pairs: int, low: float) -> bool:
+        """Whether it will do for as many pairs, down to this gap."""
+        return (self.wanted or pairs < _MANY) and (self.table is None or low >= self.low)
 
     def _smooth(self, e: Tensor) -> Tensor:
-        return self.direct(e) - self.power * torch.log1p(-e) if self.power else self.direct(e)
+        logarithm = log_kernels(self.dual, e, self.depth, self.kind)
+        return logarithm - self.power * torch.log1p(-e) if self.power else logarithm
+
+    def _opposite(self, e: Tensor) -> Tensor:
+        """The kernel at `-xi`, over `xi^power`."""
+        return signed_kernel(self.dual, 2 - e, self.depth, self.kind) / (1 - e) ** self.power
 
     def log(self, e: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The logarithm of the kernel at gaps in [0, 1]."""
         if self.table is None:
-            return torch.cat([self.direct(part) for part in e.reshape(-1).split(1 << 16)]).reshape(e.shape)
+            return self._direct(lambda part: log_kernels(self.dual, part, self.depth, self.kind), e)
         xi = (1 - e).clamp_min(0)
         found = self.table(e, xi)
         return self._at_equal(found + xi.log() if self.power else found, e, self.at_zero)
 
     def value(self, e: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The kernel itself."""
+        """The kernel itself, at gaps up to the largest that it was made for."""
         if self.table is None:
-            return self.log(e).exp()
-        xi = (1 - e).clamp_min(0)
-        value = self.table(e, xi).exp_()
-        value = value.mul_(xi) if self.power else value
-        return self._at_equal(value, e, math.exp(self.at_zero))
+            return self._direct(lambda part: signed_kernel(self.dual, part, self.depth, self.kind), e)
+        xi = 1 - e
+        positive = xi.clamp_min(0)
+        value = self.table(e, positive).exp_()
+        value = self._at_equal(value.mul_(positive) if self.power else value, e, math.exp(self.at_zero))
+        if self.mirrored is not None and e.amax() > 1:
+            opposite = xi.neg().clamp_min_(0)
+            below = self.mirrored(1 - opposite, opposite)
+            value = torch.where(xi < 0, below.mul_(opposite) if self.power else below, value)
+        return value
+
+    @staticmethod
+    def _direct(f: Callable[[Tensor], Tensor], e: Tensor) -> Tensor:
+        return torch.cat([f(part) for part in e.reshape(-1).split(1 << 16)]).reshape(e.shape)
 
     def _at_equal(self, found: Tensor, e: Tensor, there: float) -> Tensor:
         assert self.table is not None
         # Most blocks have no equal points; finding that out is cheap.
         return torch.where(e < self.table.low, there, found) if e.amin() < self.table.low else found
+
+
+def _checked_table(f: Callable[[Tensor], Tensor], low: float, device: torch.device | str) -> GapTable | None:
+    """A table of `f`; None where it would be too coarse, so that the recursion has to be gone through pair by pair."""
+    table = GapTable(f, low, pieces=64, degree=3, device=device)
+    ends = math.log(table.low), math.log(table.high)
+    v = torch.linspace(*ends, 1009, dtype=torch.float64, device=device).exp()
+    e = v / (1 + v)
+    exact = f(e)
+    return table if ((table(e, 1 - e) - exact).abs() / (1 + exact.abs())).max() < 1e-8 else None
 
 
 def _kernel(
@@ -150,18 +179,17 @@ def _kernel(
     other = x if z is None else unit_rows(z, "z")
     if other.shape[1] != x.shape[1]:
         raise ValueError(f"x and z must have as many features, got {x.shape[1]} and {other.shape[1]}")
-    differentiable = x.requires_grad or other.requires_grad
     e = gaps(x, other)
     if not e.numel():
         return e
-    negative = e.detach().amax() > 1 + 1e-12
-    if log and negative:
+    high = float(e.detach().amax())
+    if log and high > 1 + 1e-12:
         raise ValueError("log=True needs <x, z> >= 0: the logarithm of a negative kernel does not exist")
-    if differentiable or negative:
-        return log_kernels(dual, e, depth, kind) if log else signed_kernel(dual, e, depth, kind)
+    if e.requires_grad:
+        return (log_kernels if log else signed_kernel)(dual, e, depth, kind)
     positive = e[e >= SMALLEST]
     low = float(positive.amin()) if len(positive) else 1.0
-    deep = DeepKernel(dual, depth, kind, e.numel() // (2 if z is None else 1), low, e.device)
+    deep = DeepKernel(dual, depth, kind, e.numel() // (2 if z is None else 1), low, high, e.device)
     f: Callable[[Tensor], Tensor] = deep.log if log else deep.value
     if z is not None:
         for i in range(0, len(e), _TILE):
@@ -183,6 +211,17 @@ def signed_kernel(dual: DualActivation, e: Float[Tensor, "*shape"], depth: int, 
         sigma = dual.value(sigma)
         kernel = sigma if kind == "nngp" else sigma + kernel * slope
     return torch.where(e > 1, kernel, positive)
+
+
+def _log_diagonal(dual: DualActivation, depth: int, kind: str) -> float:
+    """Logarithm of the kernel at `xi = 1`: of 1, or of `1 + B' + ... + B'^depth`."""
+    if kind == "nngp":
+        return 0.0
+    b, terms = dual.B_prime, depth + 1
+    if abs(b - 1) < 1e-9:
+        return math.log(terms)
+    # The larger of 1 and B'^terms taken out, so that nothing overflows.
+    return max(0.0, terms * math.log(b)) + math.log(-math.expm1(-abs(terms * math.log(b)))) - math.log(abs(b - 1))
 
 
 def check_depth(depth: float) -> None:

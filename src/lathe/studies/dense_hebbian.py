@@ -503,7 +503,7 @@ def binarised(run: Run, name: str) -> tuple[Any, ...]:
     parts: list[Tensor] = []
     for split in ("train", "test"):
         data = run.data(name, split)
-        images = data.images.flatten(1).double()
+        images = data.inputs.flatten(1).double()
         level = images.max() * 7.5 / 16
         parts += [torch.where(images > level, 1.0, -1.0), data.labels.long()]
     return tuple(parts)

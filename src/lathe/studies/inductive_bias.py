@@ -55,16 +55,16 @@ assert broad.value > 0 and narrow.value > 0 and gain.low < gain.value < gain.hig
     job="predict",
     scales={
         "smoke": Setting(
-            seeds=1, data="digits", lengthscale=2.0, train=200, test=100, eps=(0.02, 0.018), models=24, width=48,
-            depth=2, lr=3e-3, steps=120, chunk=None, dimensions=(1, 2, 3, 4, 6, 8, 12), law_train=400, samples=4000,
-            sizes=(100, 400, 1600), repeats=20, growing=(100, 400, 1200), narrow=8, architecture_models=24,
+            seeds=1, data="digits", lengthscale=2.0, train=200, test=100, eps=(0.02, 0.018), models=20, width=48,
+            depth=2, lr=3e-3, steps=80, chunk=None, dimensions=(1, 2, 3, 4, 6, 8, 12), law_train=400, samples=2000,
+            sizes=(100, 400), repeats=20, growing=(100, 400, 1200), narrow=8, architecture_models=24,
             tolerance=0.088, patience=100, data_seeds=1,
         ),
         "desk": Setting(
             seeds=3, data="digits", lengthscale=2.0, train=200, test=100, eps=(0.02, 0.018), models=64, width=48,
             depth=2, lr=3e-3, steps=150, chunk=None, dimensions=(1, 2, 3, 4, 6, 8, 12), law_train=400, samples=10_000,
             sizes=(100, 400, 1600, 6400), repeats=100, growing=(100, 400, 1200), narrow=8, architecture_models=64,
-            tolerance=0.01, patience=1500, data_seeds=2,
+            tolerance=0.045, patience=1500, data_seeds=2,
         ),
         "full": Setting(
             seeds=3, data="mnist", lengthscale="median", train=1000, test=1000, eps=None, models=1000, width=512,
@@ -499,8 +499,9 @@ def architectures_differ(run: Run) -> Measurement:
         seeds=s.data_seeds,
         samples=gaps,
         also=also,
-        note=f"{s.architecture_models} networks of each kind, stopped at a training loss of {s.tolerance}; eps is the "
-        "median of the best; law of two moments",
+        note=f"{s.architecture_models} networks of each kind, stopped at a training loss of {s.tolerance}, which is "
+        "as low as half of the narrowest get; eps is the median of "
+        "the best; law of two moments",
     )
 
 

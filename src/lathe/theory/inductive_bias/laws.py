@@ -281,7 +281,9 @@ def _saddle(x: Tensor, law: Law, pole: int) -> Tensor:
     # Without the pole at 0 the integrand is analytic down to the first branch point.
     lowest = torch.zeros_like(x) if pole else (-0.5 / law[0].amax(-1)).expand_as(x)
     target = x.log()
-    at = -target
+    # Where a gamma law of the same mean and variance has it, in the lower tail.
+    mean, variance = _derivatives(torch.zeros_like(x), law, 0)
+    at = torch.maximum((mean / x - 1) * mean / variance, 1 / x).log()
     low, high = torch.full_like(x, -math.inf), torch.full_like(x, math.inf)
     for _ in range(200):
         e = at.exp()

@@ -166,6 +166,7 @@ def parametrize(
     optimizer: OptimizerLike = "sgd",
     readout: Iterable[str] = (),
     output_mult: float = 1.0,
+    zero_readout: bool = False,
     init: Init = "auto",
 ) -> Parametrization:
     """Makes a freshly initialised model train as its narrow copy does: rescales it in place, and gives the rates.
@@ -197,6 +198,7 @@ def parametrize(
         readout: names of parameters, or of modules, that are readouts and cannot be recognised by their type. As
             nothing can be put into their forward pass, they get the equivalent without multiplier.
         output_mult: a constant factor of all readouts, to be tuned; also at the base width.
+        zero_readout: start the readouts at zero, where muP's outputs at infinite width start.
         init: how the initial std of weights depends on width: "fan_in" (as 1/sqrt(fan_in): PyTorch's default, Kaiming,
             Xavier, orthogonal), "constant" (Hugging Face's `initializer_range`), or "auto": by comparison with the
             values of `base`, or, where it has none, by recognising PyTorch's default.
@@ -204,7 +206,7 @@ def parametrize(
     Raises:
         ValueError: for a second call, for parameters that do not match those of `base`, for an optimiser whose rule is
             not known or does not fit the `ABC`, for an `ABC` that treats hidden layers, or the two sides of a tied
-            embedding, differently, and where "auto" cannot tell.
+            embedding, differently, for `zero_readout` with a tied embedding, and where "auto" cannot tell.
         NotImplementedError: for a parameter with more than two width dimensions.
         RuntimeError: where the model has been parametrised before.
     """
@@ -219,6 +221,10 @@ def parametrize(
         tensors = [_scaled(name, width, 1.0, 1.0, 1.0) for name, width in found.items()]
     else:
         tensors = _plan(model, found, abc, init, functools.cache(base_model))
+    if zero_readout:
+        if any(width.kind == "tied" for width in found.values()):
+            raise ValueError("zero_readout would set a tied embedding to zero; untie it")
+        tensors = [replace(each, init_scale=0.0) if each.kind == "readout" else each for each in tensors]
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     with torch.no_grad():
         for tensor in tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -56,7 +56,7 @@ class MuReadout(_Multiplied, nn.Linear):
     """
 
     @classmethod
-    def like(cls, linear: nn.Linear, *, width_mult: float = 1.0, output_mult: float = 1.0) -> Self:
+    def like(cls, linear: nn.Linear, *, width_mult: float = 1.0, output_mult: float = 1.0) -> MuReadout:
         """A fresh layer that fits where `linear` stood: same shapes, device and dtype."""
         return cls(**linear_arguments(linear), width_mult=width_mult, output_mult=output_mult)
 
@@ -77,7 +77,7 @@ class _MultipliedConv(_Multiplied, nn.modules.conv._ConvNd):
         return super().forward(self._scaled(input))
 
     @classmethod
-    def like(cls, conv: nn.Module, *, width_mult: float = 1.0, output_mult: float = 1.0) -> Self:
+    def like(cls, conv: nn.Module, *, width_mult: float = 1.0, output_mult: float = 1.0) -> _MultipliedConv:
         """A fresh layer that fits where `conv` stood: same shapes, device and dtype."""
         return cls(**conv_arguments(conv), width_mult=width_mult, output_mult=output_mult)
 

@@ -21,22 +21,27 @@ if TYPE_CHECKING:
 
 __all__ = ["Chains", "averaged", "contract"]
 
+#: Entries of patterns of signs up to which they are kept in float64 while chains run (128 MiB).
+_WIDE = 1 << 24
+
 
 class Chains:
     """Chains of spins `s` (B, N), float64, which `flip` changes in place."""
 
-    def __init__(self, memory: DenseHebbian, s: Tensor) -> None:
+    def __init__(self, memory: DenseHebbian, s: Tensor, *, mean: bool = False) -> None:
         self.memory, self.s, self.P, self.N = memory, s, memory.P, memory.N
-        self.signs = memory.signs
-        full = memory.self_interaction
+        self.signs, self.mean = memory.signs, mean
+        full = self.full = memory.self_interaction or mean
         #: What k-th powers of a removed spin count: 1 for distinct indices, 2^(k-1) / k! where indices may coincide.
         self.counts = [2.0 ** (k - 1) / math.factorial(k) if full else 1.0 for k in range(1, self.P + 1)]
         if self.signs:
-            self.rows = memory.patterns.T.contiguous()
+            # Many patterns stay bytes, and are widened a block at a time.
+            wide = memory.patterns.numel() <= _WIDE
+            self.rows = memory.patterns.to(s).T if wide else memory.patterns.T.contiguous()
             self.weights = memory.weights * (self.N * memory.second_moment) ** (-self.P / 2)
             # Exact: sums of N signs are whole numbers that float64 holds.
-            self.sums = (s @ memory.patterns.to(s).T).unsqueeze(1)
-            self._look_up(full)
+            self.sums = (s @ self.rows if wide else s @ memory.patterns.to(s).T).unsqueeze(1)
+            self._look_up()
         else:
             scale = (self.N * memory.second_moment).rsqrt()
             self.rows = memory.patterns.T * scale
@@ -50,11 +55,14 @@ class Chains:
         every = torch.arange(len(s), device=s.device)
         self.tables = self._tables(every)
 
-    def _look_up(self, full: bool) -> None:
+    def _look_up(self) -> None:
         e = elementary_symmetric_of_signs(self.N, self.P, self.s.device)
-        if full:
+        if self.full:
             e = torch.stack([e[1] ** k / math.factorial(k) for k in range(self.P + 1)])
         self.top = e[self.P]
+        if self.mean:
+            self.by_sum = torch.stack([e[self.P - 1], torch.zeros_like(self.top)])
+            return
         self.by_sum = torch.stack(
             [sum(self.counts[k - 1] * e[self.P - k] for k in range(first, self.P + 1, 2)) for first in (1, 2)]  # type: ignore[misc]
         )
@@ -62,7 +70,7 @@ class Chains:
     def _polynomials(self, chains: Tensor) -> list[Tensor]:
         """`e_0 .. e_P` (or `p_1^k / k!` where indices may coincide) of every pattern, each (chains, K)."""
         sums = self.sums[chains]
-        if self.memory.self_interaction:
+        if self.full:
             return [sums[:, 0] ** k / math.factorial(k) for k in range(self.P + 1)]
         power_sums = [
             self.even[k].expand(sums[:, 0].shape) if k % 2 == 0 else sums[:, k // 2] for k in range(1, self.P + 1)
@@ -76,6 +84,8 @@ class Chains:
             odd, even = self.by_sum[0][place], self.by_sum[1][place]
             return odd.mul_(self.weights), (even @ self.weights).unsqueeze(1)
         e = self._polynomials(chains)
+        if self.mean:
+            return e[self.P - 1] * self.weights, e[0][:, :1] * 0
         odd, even = (
             torch.cat([self.counts[k - 1] * e[self.P - k] * self.weights for k in range(first, self.P + 1, 2)], 1)
             for first in (1, 2)
@@ -94,12 +104,12 @@ class Chains:
             energy = energy - (self.s * contract(self.memory.couplings, self.s)).sum(1) / self.P
         return energy
 
-    def open(self, start: int, stop: int) -> None:
-        """Makes the fields of spins `start .. stop - 1` ready to be asked for."""
-        self.start, self.stop = start, stop
-        rows = self.rows[start:stop].to(self.s)
+    def open(self, sites: slice | Tensor) -> None:
+        """Makes the fields of these spins ready to be asked for."""
+        self.sites = sites
+        rows = self.rows[sites].to(self.s)
         self.left: tuple[Tensor, Tensor | None]
-        if self.signs:
+        if self.signs or self.mean:
             self.left = (rows.T, None)
         else:
             powers = [rows]
@@ -108,16 +118,16 @@ class Chains:
             self.left = (torch.cat(powers[::2], 1).T, torch.cat(powers[1::2], 1).T)
 
     def field(self, chains: Tensor | None = None) -> Tensor:
-        """Fields of the open spins, (chains, stop - start), for all chains or those listed."""
+        """Fields of the open spins, (chains, sites), for all chains or those listed."""
         odd, even = self.tables
         s = self.s
         if chains is not None:
             odd, even, s = odd[chains], even[chains], s[chains]
-        here = s[:, self.start : self.stop]
+        here = s[:, self.sites]
         right = even if self.left[1] is None else even @ self.left[1]
         h = torch.addcmul(odd @ self.left[0], here, right, value=-1.0).mul_(self.constant)
         if self.memory.couplings is not None:
-            h = h + contract(self.memory.couplings[self.start : self.stop], s)
+            h = h + contract(self.memory.couplings[self.sites], s)
         return h
 
     def flip(self, chains: Tensor, sites: Tensor) -> None:
@@ -127,6 +137,22 @@ class Chains:
         row = self.rows[sites].to(self.s)
         change = [row] if self.signs else [row**k for k in self.odd]
         self.sums[chains] -= 2 * before[:, None, None] * torch.stack(change, 1)
+        for table, fresh in zip(self.tables, self._tables(chains)):
+            table[chains] = fresh
+
+    def flip_open(self, wanted: Tensor) -> None:
+        """Flips the open spins where `wanted` (B, sites), all at once."""
+        sites = torch.arange(self.N, device=self.s.device)[self.sites]
+        moved = wanted.any(0)
+        chains, sites = wanted.any(1).nonzero()[:, 0], sites[moved]
+        if not len(chains):
+            return
+        here = self.s[chains.unsqueeze(1), sites]
+        change = torch.where(wanted[chains][:, moved], -2 * here, 0.0)
+        self.s[chains.unsqueeze(1), sites] = here + change
+        rows = self.rows[sites].to(self.s)
+        powers = [rows] if self.signs else [rows**k for k in self.odd]
+        self.sums[chains] += torch.stack([change @ power for power in powers], 1)
         for table, fresh in zip(self.tables, self._tables(chains)):
             table[chains] = fresh
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lathe.theory.dense_hebbian.dynamics import mean_field, parallel_sweep
+from lathe.theory.dense_hebbian.dynamics import mean_field
 from lathe.theory.dense_hebbian.network import DenseHebbian
 
 __all__ = ["DenseHebbianClassifier"]
@@ -101,13 +101,12 @@ class DenseHebbianClassifier(nn.Module):
     def forward(self, x: Float[Tensor, "batch in_features"]) -> Float[Tensor, "batch out_features"]:
         s = self._signs(x)
         R = self.averages.square().mean(1).clamp_min(1e-12)
-        still = torch.zeros_like(s)
         odd = torch.arange(self.in_features, device=x.device) % 2 == 1
         for _ in range(self.steps):
             for half in (~odd, odd):
                 # Only signs count: the scale keeps the sums near one.
                 h = mean_field(self.averages * R.rsqrt().unsqueeze(1), torch.ones_like(R), self.P, s)
-                s = parallel_sweep(s, half, h, still)
+                s = torch.where(half & (s * h < 0), -s, s)
         return s @ self.averages.T / (self.in_features * R.sqrt())
 
     def _signs(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One sweep: sequential with exact fields, parallel on half of the sites, or of the TAP equations."""
+"""One sweep with exact fields, the mean field, and one step of the TAP equations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lathe.theory.dense_hebbian.chains import Chains, averaged
 if TYPE_CHECKING:
     from lathe.theory.dense_hebbian.network import DenseHebbian
 
-__all__ = ["mean_field", "parallel_sweep", "sequential_sweep", "tap_step"]
+__all__ = ["mean_field", "sequential_sweep", "tap_step"]
 
 
 def sequential_sweep(chains: Chains, thresholds: Tensor, block: int) -> int:
@@ -27,7 +27,7 @@ def sequential_sweep(chains: Chains, thresholds: Tensor, block: int) -> int:
     flips, every = 0, len(s)
     for start in range(0, chains.N, block):
         stop = min(chains.N, start + block)
-        chains.open(start, stop)
+        chains.open(slice(start, stop))
         sites = torch.arange(start, stop, device=s.device)
         active, at = None, None
         while True:
@@ -49,11 +49,6 @@ def sequential_sweep(chains: Chains, thresholds: Tensor, block: int) -> int:
                 break
     rate = flips / max(1, every * chains.N)
     return min(128, max(1, round(1 / (rate + 0.01))))
-
-
-def parallel_sweep(s: Tensor, half: Tensor, h: Tensor, thresholds: Tensor) -> Tensor:
-    """The spins of `half` (a mask) flip at once where `s h` is below their thresholds."""
-    return torch.where(half & (s * h < thresholds), -s, s)
 
 
 def mean_field(patterns: Tensor, scale: Tensor, P: int, s: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from lathe.theory.dense_hebbian.chains import Chains, averaged
-from lathe.theory.dense_hebbian.dynamics import mean_field, parallel_sweep, sequential_sweep, tap_step
+from lathe.theory.dense_hebbian.dynamics import mean_field, sequential_sweep, tap_step
 from lathe.theory.dense_hebbian.patterns import check_signs, load
 
 __all__ = ["DenseHebbian"]
@@ -188,7 +188,7 @@ class DenseHebbian(nn.Module):
             chains = Chains(self, part)
             blocks = []
             for start in range(0, self.N, step):
-                chains.open(start, min(self.N, start + step))
+                chains.open(slice(start, start + step))
                 blocks.append(chains.field())
             fields.append(torch.cat(blocks, 1))
         return torch.cat(fields)
@@ -199,7 +199,8 @@ class DenseHebbian(nn.Module):
         A function of the overlaps alone: two matrix products. Coincident indices are not taken out.
         """
         self._check(s, True)
-        return self._mean_field(s.double())
+        scale = self.weights.double() * self.second_moment.double() ** (-self.P / 2)
+        return mean_field(self.patterns.double(), scale, self.P, s.double())
 
     def overlaps(self, s: Num[Tensor, "B N"]) -> Float[Tensor, "B K"]:
         """`mean_i x_{mu,i} s_i / sqrt(R_mu)`: 1 for a clean pattern in its own state.
@@ -226,16 +227,15 @@ class DenseHebbian(nn.Module):
         if field not in ("exact", "plefka1"):
             raise ValueError(f"field must be 'exact' or 'plefka1' in recall, got {field!r}")
         self._check(s)
-        state = s.double()
-        odd = torch.arange(self.N, device=s.device) % 2 == 1
-        still = torch.zeros(self.N, dtype=torch.float64, device=s.device)
+        chains = self._chains(s.double().clone(), field)
         for _ in range(steps):
-            before = state
-            for half in (~odd, odd):
-                state = parallel_sweep(state, half, self._field(field, state), still)
-            if torch.equal(before, state):
+            before = chains.s.clone()
+            for half in (slice(0, None, 2), slice(1, None, 2)):
+                chains.open(half)
+                chains.flip_open(chains.s[:, half] * chains.field() < 0)
+            if torch.equal(before, chains.s):
                 break
-        return state.to(s.dtype)
+        return chains.s.to(s.dtype)
 
     def sample(
         self,
@@ -278,21 +278,20 @@ class DenseHebbian(nn.Module):
             raise ValueError(f"update 'sequential' needs field 'exact', got {field!r}: use update 'parallel' with it")
         if field == "plefka2":
             return self._sample_tap(s, beta, sweeps, generator, observe)
-        state = s.double().clone()
-        chains = Chains(self, state) if update == "sequential" else None
+        chains = self._chains(s.double().clone(), field)
         block = 16
         for _ in range(sweeps):
-            thresholds = _thresholds(state, beta, rule, generator)
-            if chains is not None:
+            thresholds = _thresholds(chains.s, beta, rule, generator)
+            if update == "sequential":
                 block = sequential_sweep(chains, thresholds, block)
             else:
-                order = torch.rand(state.shape, generator=generator, device=state.device).argsort(1)
-                first = order < self.N // 2
-                for half in (first, ~first):
-                    state = parallel_sweep(state, half, self._field(field, state), thresholds)
+                order = torch.randperm(self.N, generator=generator, device=s.device)
+                for half in order.chunk(2):
+                    chains.open(half)
+                    chains.flip_open(chains.s[:, half] * chains.field() < thresholds[:, half])
             if observe is not None:
-                observe(state)
-        return state.to(s.dtype)
+                observe(chains.s)
+        return chains.s.to(s.dtype)
 
     def _sample_tap(
         self,
@@ -315,12 +314,8 @@ class DenseHebbian(nn.Module):
         up = torch.rand(m.shape, dtype=torch.float64, generator=generator, device=m.device) < (1 + m) / 2
         return (2.0 * up - 1.0).to(s.dtype)
 
-    def _field(self, field: str, state: Tensor) -> Tensor:
-        return self._mean_field(state) if field == "plefka1" else self.field(state)
-
-    def _mean_field(self, state: Tensor) -> Tensor:
-        scale = self.weights.double() * self.second_moment.double() ** (-self.P / 2)
-        return mean_field(self.patterns.double(), scale, self.P, state)
+    def _chains(self, state: Tensor, field: str) -> Chains:
+        return Chains(self, state, mean=field == "plefka1")
 
     def _parts(self, s: Tensor) -> tuple[Tensor, ...]:
         return s.double().split(max(1, _BLOCK // (self.P * max(1, self.K))))

@@ -353,11 +353,9 @@ def meta_train(run: Run, seed: int, width: int) -> float:
     s, generator = run.setting, run.generator(seed)
     lr, sigma_u, sigma_v, bias = MAML[width]
     train, test = (bank.to(run.device) for bank in drawings(s.characters))
-    options = {"sigma_u": sigma_u, "sigma_v": sigma_v, "hidden_bias": bias}
     features = train.shape[-1]
-    net: LinearNetwork = LinearMuPLimit(features, 5, **options)
-    if width:
-        net = net.sample(width, generator)
+    limit = LinearMuPLimit(features, 5, sigma_u=sigma_u, sigma_v=sigma_v, hidden_bias=bias)
+    net: LinearNetwork = limit.sample(width, generator) if width else limit
     net.to(run.device)
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
     outer = s.outer if width else s.limit_outer

@@ -6,11 +6,10 @@ A probe for your own model and optimiser. Yang and Hu, 2020, arXiv 2011.14522 (w
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -55,7 +54,7 @@ class CoordinateCheck:
 
     def __str__(self) -> str:
         narrow, wide = self.widths[0], self.widths[-1]
-        rows = [("layer", f"change at {narrow}", f"at {wide}", "slope", "expected", "")]
+        rows: list[tuple[str, ...]] = [("layer", f"change at {narrow}", f"at {wide}", "slope", "expected", "")]
         for layer, name in enumerate(self.layers):
             slope, expected = self.slopes[layer].item(), self.expected[layer].item()
             ends = (f"{self.changes[width, layer, -1]:.3g}" for width in (0, -1))
@@ -141,7 +140,7 @@ def coordinate_check(
                 model = make_model(width)
                 scaled = parametrize(model, scheme, base=make_model, base_width=base_width, optimizer=optimizer)
                 recorder = _Recorder(model.to(dtype), data, loss)
-                measured.append(recorder.train(optimizer(scaled.param_groups(lr)), steps))
+                measured.append(recorder.train(cast(Any, optimizer)(scaled.param_groups(lr)), steps))
             shapes.append(recorder.shapes)
             sizes.append(torch.stack([size for size, _ in measured]).mean(0))
             changes.append(torch.stack([change for _, change in measured]).mean(0))

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # The command line and `import lathe` stay quick: torch is imported by the first name that needs it.
-_HOME = {"swap": "lathe.core.surgery", "measure": "lathe.core.size", "fit": "lathe.training", "predict": "lathe.theory.prediction"}
+_HOME = {
+    "swap": "lathe.core.surgery",
+    "measure": "lathe.core.size",
+    "fit": "lathe.training",
+    "predict": "lathe.theory.prediction",
+}
 _PARTS = (
     "compression",
     "core",

@@ -23,7 +23,7 @@ def by_scipy(alpha, f):
         lam = low + 2 * half * math.sin(theta / 2) ** 2
         return (half * math.sin(theta)) ** 2 / (2 * math.pi * lam) * f(lam) if lam else 0.0
 
-    # At alpha near 1 the density turns within the square root of the spectral gap: adaptive quadrature has to be told where.
+    # Near alpha = 1 the density turns within the root of the spectral gap, which adaptive quadrature has to be told.
     near = [angle for angle in math.sqrt(low) * np.logspace(-1, 3, 5) if 0 < angle < 3]
     return quad(in_angle, 0, math.pi, epsabs=1e-11, epsrel=1e-10, limit=500, points=near)[0]
 

@@ -332,9 +332,8 @@ def _remaining_residual(lam: Tensor, rho: Tensor, t: Tensor) -> tuple[Tensor, Te
 def _weights(lam: Tensor, rho: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `_remaining`, and what was learnt of the teacher."""
     learnt = torch.expm1(-lam * t)  # with the other sign
-    square = learnt * learnt
-    both = square @ rho
-    return rho.sum(1, keepdim=True) + 2 * (learnt @ rho) + both, square @ (rho / lam.mT), both
+    one, (both, noise) = learnt @ rho, (learnt * learnt @ torch.cat([rho, rho / lam.mT], -1)).split(1, -1)
+    return rho.sum(1, keepdim=True) + 2 * one + both, noise, both
 
 
 def _slopes(lam: Tensor, rho: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

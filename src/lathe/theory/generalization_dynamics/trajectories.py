@@ -16,8 +16,8 @@ __all__ = ["Modes", "Trajectory", "checked", "gradient_descent", "gradient_flow"
 
 #: Singular values below this part of the largest count as zero: those directions never move.
 _RANK = 1e-12
-#: Where no eigenvalue of the Gram matrix is below this part of the largest, its eigenvectors are as good as an SVD's.
-_CONDITION = 1e-6
+#: Where no eigenvalue of the Gram matrix is below this part of the largest, rounding moves none by more than some 1e-8.
+_CONDITION = 1e-8
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Modes:
 
 
 def modes_of(features: Float[Tensor, "*batch samples features"]) -> Modes:
-    """Takes features apart: from the smaller Gram matrix where that is as accurate as the SVD, which it is three times
-    as fast as; by SVD where features are so nearly dependent that squaring them would lose the slow modes.
+    """Takes features apart: by their smaller Gram matrix, three times as fast as an SVD, where that is accurate enough.
+
+    By SVD where features are so nearly dependent that squaring them would lose the slow modes.
     """
     samples, count = features.shape[-2:]
     tall = samples >= count
@@ -83,17 +84,13 @@ class Trajectory:
     @property
     def weights(self) -> Float[Tensor, "times *batch_features_outputs"]:
         """The weights at each time."""
-        if self._single:
-            return self.start + (self.directions @ self.learnt.unsqueeze(-1)).squeeze(-1)
-        return self.start + self.directions @ self.learnt
+        return self._along(self.directions, self.start)
 
     def predict(self, features: Float[Tensor, "*batch samples features"]) -> Float[Tensor, "times *predictions"]:
         """Predictions for other samples at each time, without forming the weights."""
         features = features.to(self.learnt)
-        if self._single:
-            first = features @ self.start.unsqueeze(-1)
-            return (first + (features @ self.directions) @ self.learnt.unsqueeze(-1)).squeeze(-1)
-        return features @ self.start + (features @ self.directions) @ self.learnt
+        first = (features @ self.start.unsqueeze(-1)).squeeze(-1) if self._single else features @ self.start
+        return self._along(features @ self.directions, first)
 
     def test(
         self, features: Float[Tensor, "*batch samples features"], targets: Float[Tensor, "*batch_samples_outputs"]
@@ -101,6 +98,13 @@ class Trajectory:
         """Mean squared error on other samples at each time."""
         error = (self.predict(features) - targets.to(self.learnt)).square()
         return error.mean(-1 if self._single else -2)
+
+    def _along(self, coordinates: Tensor, first: Tensor) -> Tensor:
+        """`first + coordinates @ learnt` at each time, as one product of matrices over all times."""
+        learnt = self.learnt.unsqueeze(-1) if self._single else self.learnt
+        columns = learnt.movedim(0, -2)
+        moved = (coordinates @ columns.flatten(-2)).unflatten(-1, columns.shape[-2:]).movedim(-2, 0)
+        return first + (moved.squeeze(-1) if self._single else moved)
 
     @property
     def _single(self) -> bool:

@@ -6,6 +6,7 @@ A probe for your own model and optimiser. Yang and Hu, 2020, arXiv 2011.14522 (w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -102,7 +102,7 @@ def majority_vote(run: Run) -> Measurement:
             rows.append({"rho": rho, "m": m, "who": f"network, P = {P}"})
     line = [{"rho": x / 100, "m": math.erf(1 / math.sqrt(2 * x / 100)), "who": "theory"} for x in range(5, 45)]
     base = alt.Chart().encode(
-        x=alt.X("rho:Q", title="entropy of the data, ρ"),
+        x=alt.X("rho:Q", title="entropy of the data, ρ").axis(tickCount=6),
         y=alt.Y("m:Q", title="overlap with the archetype, m").scale(zero=False),
         color=alt.Color("who:N", title=None),
     )
@@ -154,9 +154,11 @@ def theory_against_chains(run: Run) -> Measurement:
         alt.layer(
             base.transform_filter("isValid(datum.low)")
             .mark_rule(strokeWidth=2)
-            .encode(x=alt.X("low:Q", title="overlap with the archetype, m").scale(zero=False), x2="high:Q"),
+            .encode(
+                x=alt.X("low:Q", title="overlap with the archetype, m").scale(zero=False).axis(tickCount=6), x2="high:Q"
+            ),
             base.mark_point(size=90, filled=True).encode(
-                x=alt.X("m:Q").scale(zero=False), shape=alt.Shape("who:N", title=None)
+                x=alt.X("m:Q").scale(zero=False), shape=alt.Shape("who:N", legend=None)
             ),
         ).properties(width="container", height=180)
     )

@@ -138,8 +138,8 @@ def networks_bring_bias(run: Run) -> Measurement:
     networks = torch.stack([of_networks(of_seed, eps).value for of_seed in losses])
     net = Sequential(*[layer for _ in range(s.depth) for layer in (Dense(2.0), Activation("relu"))], Dense(1.0))
     wide = {
-        name: kernel_inductive_bias(*data, eps, kernel=net, space=space).value
-        for name, space in (("infinitely wide, at random", "nngp"), ("infinitely wide, trained", "trained"))
+        "infinitely wide, at random": kernel_inductive_bias(*data, eps, kernel=net, space="nngp").value,
+        "infinitely wide, trained": kernel_inductive_bias(*data, eps, kernel=net, space="trained").value,
     }
     ratios = kernel / networks.clamp_min(1.0)
     of_all = {"RBF kernel": kernel, **wide, f"{s.models} trained networks": networks.mean(0)}
@@ -305,11 +305,12 @@ def losses_are_chi_squared(run: Run) -> Measurement:
 def fitted_is_counted(run: Run) -> Measurement:
     losses = run.each_seed(trained_losses)
     eps = thresholds(run, losses)
-    gaps, also = [], {}
+    gaps: list[float] = []
+    also: dict[str, float] = {}
     for seed, of_seed in zip(run.seeds, losses):
-        fitted, counted = of_networks(of_seed, eps).value, of_networks(of_seed, eps, "empirical").value
-        gaps.append((fitted - counted).abs().max().item())
-        for e, a, b in zip(eps.tolist(), fitted.tolist(), counted.tolist()):
+        by_fit, counted = of_networks(of_seed, eps).value, of_networks(of_seed, eps, "empirical").value
+        gaps.append((by_fit - counted).abs().max().item())
+        for e, a, b in zip(eps.tolist(), by_fit.tolist(), counted.tolist()):
             also |= {f"seed {seed}, eps = {e:.3g}, fitted": a, f"seed {seed}, eps = {e:.3g}, counted": b}
     every = torch.tensor([loss for of_seed in losses for loss in of_seed], dtype=torch.float64).sort().values
     grid = torch.linspace(every[0].item(), every[-1].item(), 80, dtype=torch.float64)
@@ -389,7 +390,8 @@ def error_falls_as_root(run: Run) -> Measurement:
     unit="largest relative error of the law of matched cumulants at eps = 0.02",
 )
 def fits_fall_short_in_the_tail(run: Run) -> Measurement:
-    errors, also = [], {}
+    errors: list[float] = []
+    also: dict[str, float] = {}
     eps = run.setting.eps[0] if run.setting.eps else 0.02
     for train in run.setting.growing[1:]:
         law = digit_law(run, train)
@@ -509,8 +511,8 @@ def architectures_differ(run: Run) -> Measurement:
         note=f"{s.architecture_models} networks of each kind, stopped at a training loss of {s.tolerance}; eps is the "
         "median of the best; law of two moments. 0.045 is where over half of the networks of width 8 get. Tried "
         "besides: 0.03, where narrow networks of three layers come last, by 3 sd, and too few of one layer get; and "
-        "0.002 without the narrow ones, where three layers come first on both data seeds, by 6 sd. At each of the three "
-        "losses the CNN and one wide layer are close on some seed, or change places",
+        "0.002 without the narrow ones, where three layers come first on both data seeds, by 6 sd. At each of the "
+        "three losses the CNN and one wide layer are close on some seed, or change places",
     )
 
 

@@ -1,6 +1,6 @@
 """Measures every layer of Lathe beside the layer that it replaces, for the table of docs/replace-a-layer.md.
 
-python docs/layers.py                 measure all, on two threads, into results/layers.json
+python docs/layers.py                 measure all, on one thread, into results/layers.json
 python docs/layers.py PHConv2d ...    measure these only
 python docs/measured.py               put what is recorded into the page
 """
@@ -275,7 +275,7 @@ def table() -> str:
 
 
 def main() -> int:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"layers": {}}
     chosen = [row for row in rows() if not sys.argv[1:] or row.layer.split()[0] in sys.argv[1:]]
     for row in chosen:
@@ -286,7 +286,7 @@ def main() -> int:
         )
     known = [row.layer for row in rows()]
     record["layers"] = {name: record["layers"][name] for name in known if name in record["layers"]}
-    record["machine"] = f"two threads, torch {torch.__version__}, forward alone and forward with backward, medians"
+    record["machine"] = f"one thread, torch {torch.__version__}, forward alone and forward with backward, medians"
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

@@ -350,8 +350,8 @@ def depth_helps_and_hurts(run: Run) -> Measurement:
         note="judged with the optimal polynomial of C2. Its shallow kernels are polynomials of low degree: their "
         "matrix has a lower rank than there are points, which smooths over label noise until, at about 5 layers, it "
         "begins to interpolate; accuracy falls to there and rises from there on. Tried: NTK in place of NNGP, erf, "
-        "labels without noise, d = 2 and 4, digits; all have the dip. A kernel that interpolates from the first layer "
-        "on, centred ReLU (measured beside it, not judged), has none",
+        "labels without noise, d = 2 and 4, digits; all dip, and erf on digits (alpha far below d) falls without "
+        "recovering. Centred ReLU, whose kernel interpolates from the first layer on, has no dip (beside it)",
     )
 
 

@@ -511,8 +511,8 @@ def architectures_differ(run: Run) -> Measurement:
         note=f"{s.architecture_models} networks of each kind, stopped at a training loss of {s.tolerance}; eps is the "
         "median of the best; law of two moments. 0.045 is where over half of the networks of width 8 get. Tried "
         "besides: 0.03, where narrow networks of three layers come last, by 3 sd, and too few of one layer get; and "
-        "0.002 without the narrow ones, where three layers come first on both data seeds, by 6 sd. At each of the "
-        "three losses the CNN and one wide layer are close on some seed, or change places",
+        "0.002 without the narrow ones, where three layers come first on both data seeds, by 6 sd. At all three the "
+        "CNN and one wide layer change places between data seeds",
     )
 
 

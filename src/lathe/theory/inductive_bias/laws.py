@@ -60,7 +60,8 @@ def weighted_chi2_log_cdf(
         raise ValueError(f"method must be 'exact' or 'saddlepoint', got {method!r}")
     floor = law[2].masked_fill(law[0] > 0, 0.0).sum(-1)
     inside = law[0] > 0
-    law = (law[0][inside], law[1][inside], law[2][inside])
+    if not bool(inside.all()):
+        law = (law[0][inside], law[1][inside], law[2][inside])
     above = x > floor
     x = torch.where(above, x - floor, 1.0)
     found = log_integral(x, law) if method == "exact" else _saddlepoint_log_cdf(x, law)
@@ -306,11 +307,16 @@ def _mean(law: Law) -> Tensor:
 def _derivatives(s: Tensor, law: Law, pole: int) -> tuple[Tensor, Tensor]:
     """`K'` and `K''` at `t = -s`, each with the part of `-log s` (times `pole`), both positive; s (batch,)."""
     l, df, b2 = law
-    q = 1 / (1 + 2 * s[:, None] * l)
-    y, c = l * q, b2 * q * q
-    central = df * y
-    first, second = (central + c).sum(-1), 2 * (y * (central + 2 * c)).sum(-1)
+    q = ((2 * s)[:, None] * l).add_(1).reciprocal_()
+    y, q2 = l * q, q * q
+    first = _weighed(y, df) + _weighed(q2, b2)
+    second = 2 * _weighed(y * y, df) + 4 * _weighed(y * q2, b2)
     return (first + 1 / s, second + 1 / s**2) if pole else (first, second)
+
+
+def _weighed(values: Tensor, weights: Tensor) -> Tensor:
+    """Sums over terms, (batch, terms) -> (batch,); a product with a vector makes no copy."""
+    return values @ weights if weights.ndim == 1 else (values * weights).sum(-1)
 
 
 def _third(s: Tensor, law: Law) -> Tensor:

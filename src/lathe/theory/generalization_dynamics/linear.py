@@ -299,8 +299,8 @@ class LinearTheory:
             lam = (1 - root[some]).square() + 4 * root[some] * (theta / 2).sin().square()
             rho = weight * 2 * alpha[some] * theta.sin().square() / (math.pi * lam)
             for start in range(0, count, width):
-                parts = f(lam.unsqueeze(1), rho.unsqueeze(-1), t[some, start : start + width].unsqueeze(-1))
-                found.append([part.squeeze(-1) for part in parts])
+                parts = f(lam.unsqueeze(-1), rho.unsqueeze(1), t[some, start : start + width].unsqueeze(1))
+                found.append([part.squeeze(1) for part in parts])
         columns = len(range(0, count, width))
         return [
             torch.cat([torch.cat(each[i : i + columns], 1) for i in range(0, len(each), columns)]).reshape(
@@ -319,29 +319,32 @@ def _angles() -> tuple[np.ndarray, np.ndarray]:
     return _SMALLEST_ANGLE * np.sinh(u), weight * half * _SMALLEST_ANGLE * np.cosh(u)
 
 
+# What follows takes eigenvalues (curves, nodes, 1), their weights (curves, 1, nodes) and times (curves, 1, times):
+# products with the weights from the left are several times as fast as sums over a last axis.
+
+
 def _remaining(lam: Tensor, rho: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """What is left of the start, and what was learnt of the noise."""
     return _weights(lam, rho, t)[:2]
 
 
 def _remaining_residual(lam: Tensor, rho: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    left = torch.exp(-2 * lam * t)
-    return left @ (rho * lam.mT), left @ rho
+    signal, noise = (torch.cat([rho * lam.mT, rho], 1) @ torch.exp(-2 * lam * t)).split(1, 1)
+    return signal, noise
 
 
 def _weights(lam: Tensor, rho: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `_remaining`, and what was learnt of the teacher."""
     learnt = torch.expm1(-lam * t)  # with the other sign
-    one, (both, noise) = learnt @ rho, (learnt * learnt @ torch.cat([rho, rho / lam.mT], -1)).split(1, -1)
-    return rho.sum(1, keepdim=True) + 2 * one + both, noise, both
+    both, noise = (torch.cat([rho, rho / lam.mT], 1) @ (learnt * learnt)).split(1, 1)
+    return rho.sum(-1, keepdim=True) + 2 * (rho @ learnt) + both, noise, both
 
 
 def _slopes(lam: Tensor, rho: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     learnt = -torch.expm1(-lam * t)
     left, weighted = 1 - learnt, rho * lam.mT
-    square = left * left
-    bend = 2 * (square @ (weighted * lam.mT))
-    return square @ weighted, (left * learnt) @ rho, bend, 2 * (square @ weighted) - left @ weighted
+    signal, bend = (torch.cat([weighted, 2 * weighted * lam.mT], 1) @ left.square()).split(1, 1)
+    return signal, rho @ (left * learnt), bend, 2 * signal - weighted @ left
 
 
 def _mode_stopping(lam: Tensor, ratio: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ import torch
 from torch import nn
 from lathe.theory.inductive_bias import kernel_inductive_bias, network_inductive_bias, relative_bias
 
+torch.manual_seed(0)
 x, y = torch.rand(80, 6), torch.randint(0, 3, (80,))
 y[x[:, 0] > 0.5] = 0
 train, test = (x[:50], y[:50]), (x[50:], y[50:])
